@@ -1,0 +1,1 @@
+"""Formats, packed storage, quantized tensors, recipes and errors: what every other room stands on."""

@@ -1,0 +1,62 @@
+"""`Method`: how weights are rounded. A pair of pure functions, composed by `chain`, as optax composes transformations."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from jquant.core.formats import BlockParams, Format
+from jquant.core.stats import Stats
+
+
+class Rounding(NamedTuple):
+    """One weight (or a batch of them) on its way from floats to codes; what the solvers of a chain hand on.
+
+    Attributes:
+      rows: the float weight, `[batch, m, n]`: `batch` separate matrices of m rows along the contracted axes.
+      params: scales and zero points chosen so far, `[batch, m, blocks]`, or None.
+      codes: codes chosen so far, uint8 `[batch, m, n]`, or None.
+      notes: diagnostics, small arrays `[batch]` by name ("dead_channels", "damping_added", ...): the driver turns them
+        into warnings with the site's path.
+    """
+
+    rows: jax.Array
+    params: BlockParams | None = None
+    codes: jax.Array | None = None
+    notes: dict[str, jax.Array] = {}
+
+
+Solver = Callable[[Rounding, Stats | None, Format], Rounding]
+
+
+class Method(NamedTuple):
+    """How to quantize.
+
+    Attributes:
+      name: for messages and reports, "gptq(act_order=True)".
+      solve: what it does to one weight: `(rounding, stats, format) -> rounding`, pure and jit-able, batched over the
+        leading axis, or None.
+      needs: the statistics that it reads: a subset of {"gram", "absmax", "mean_abs"}; empty for data-free methods.
+    """
+
+    name: str
+    solve: Solver | None
+    needs: frozenset[str] = frozenset()
+
+
+def chain(*methods: Method) -> Method:
+    """Applies methods left to right: each sees the weight, the scales and the codes that the ones before it left.
+
+    `chain(rtn(search=True), gptq())` rounds by GPTQ under the scales that the search chose.
+    """
+    if not methods:
+        raise ValueError("chain: give at least one method, as in jquant.chain(jquant.gptq())")
+    solvers = [m.solve for m in methods if m.solve is not None]
+
+    def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
+        for step in solvers:
+            state = step(state, stats, fmt)
+        return state
+
+    name = " + ".join(m.name for m in methods)
+    return Method(name, solve if solvers else None, frozenset().union(*(m.needs for m in methods)))

@@ -1,0 +1,38 @@
+"""Paths of leaves: the key path joined by "/", the same for linen, nnx and plain trees."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jquant.core.qtensor import is_qtensor
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf, `layers/3/attention/q/kernel`.
+
+    A box around the leaf (an nnx Variable, linen's Partitioned) adds an attribute `value` to the key path, which is no
+    part of the name the user gave; it is dropped.
+    """
+    if len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in ("value", "raw_value"):
+        keys = keys[:-1]
+    return "/".join(_key_name(k) for k in keys)
+
+
+def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Leaves of `tree` with their paths (a QTensor is one leaf), and the tree's structure."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
+    return [(path_of(keys), leaf) for keys, leaf in flat], treedef
+
+
+def map_with_paths(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Maps `fn(path, leaf)` over the leaves of `tree`; a QTensor is one leaf."""
+    flat, treedef = flatten_with_paths(tree)
+    return treedef.unflatten([fn(path, leaf) for path, leaf in flat])

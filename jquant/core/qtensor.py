@@ -1,0 +1,242 @@
+"""`QTensor`: an array held as packed codes, scales and zero points. A pytree node.
+
+Layout. The logical array's contracted axes (those that its matmul sums over) are moved to the end, in order, and
+flattened into rows: `kept axes x n`. Codes are packed along the rows; the kept axes stay separate, in order and in
+front. So any kept axis can be sliced, scanned, vmapped or sharded on all the arrays at once, and the kernels read every
+row contiguously.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.core import packing
+from jquant.core.errors import DamagedQTensorError, FormatError
+from jquant.core.formats import BlockParams, Format, decode, encode
+
+_KEYS = ("codes", "scale", "zero_point")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class QTensor:
+    """A quantized array that stands for a float array of the same shape and dtype.
+
+    Attributes:
+      codes: one uint8 array for each plane of `core.packing`, `[*kept, packed n]`; a single one for 4 and 8 bits.
+      scale: `[*kept, blocks]` in the format's scale dtype ("channel": `[*kept, 1]`; "tensor": ones in place of the kept
+        axes that share it).
+      zero_point: uint8, the shape of `scale`, or None.
+      format: the `Format`.
+      contracted: the contracted axes, negative and ascending.
+      inner: sizes of the contracted axes after the first one. (The first follows from the codes, so that a leading or a
+        sharded axis may change its size under vmap, scan and shard_map.)
+      pad: how many codes of the last byte of the first plane are padding.
+      dtype: the dtype it decodes to.
+    """
+
+    __slots__ = ("codes", "scale", "zero_point", "format", "contracted", "inner", "pad", "_dtype")
+
+    def __init__(
+        self,
+        codes: tuple[jax.Array, ...],
+        scale: jax.Array,
+        zero_point: jax.Array | None,
+        format: Format,
+        contracted: tuple[int, ...],
+        inner: tuple[int, ...],
+        pad: int,
+        dtype: str,
+    ):
+        self.codes, self.scale, self.zero_point = codes, scale, zero_point
+        self.format, self.contracted, self.inner, self.pad, self._dtype = format, contracted, inner, pad, dtype
+
+    def tree_flatten_with_keys(self):
+        children = [(jax.tree_util.GetAttrKey(k), getattr(self, k)) for k in _KEYS]
+        return children, (self.format, self.contracted, self.inner, self.pad, self._dtype)
+
+    def tree_flatten(self):
+        return (self.codes, self.scale, self.zero_point), (
+            self.format, self.contracted, self.inner, self.pad, self._dtype
+        )  # fmt: skip
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        # No checks: JAX unflattens with tracers, shapes, shardings and sentinels. `check` runs at every read instead.
+        return cls(*children, *static)
+
+    def check(self) -> "QTensor":
+        """Itself, or an error if its arrays are not what the format says.
+
+        Raises:
+          DamagedQTensorError: the codes were cast, or an array was cut along a packed axis.
+        """
+        widths = packing.plane_widths(self.format.bits)
+        dtypes = [np.dtype(c.dtype) for c in self.codes]
+        if any(d != np.uint8 for d in dtypes):
+            raise DamagedQTensorError(
+                f"the codes of a QTensor ({self.format}) are {dtypes[0]}, not uint8: a cast was mapped over its arrays. "
+                "Use jax.tree.map(..., is_leaf=jquant.is_qtensor) with QTensor.astype, or cast before quantizing"
+            )
+        n = self.row_length
+        want = [-(-n * w // 8) for w in widths]
+        have = [c.shape[-1] if c.ndim else -1 for c in self.codes]
+        kept = self.codes[0].shape[:-1]
+        lead_ok = all(c.shape[:-1] == kept for c in self.codes) and self.scale.ndim == len(kept) + 1
+        if want != have or not lead_ok or self.scale.shape[-1] not in (1, self.format.blocks(n)):
+            raise DamagedQTensorError(
+                f"a QTensor ({self.format}) has codes {[c.shape for c in self.codes]} and scale {self.scale.shape}, which "
+                "do not belong together: an array was sliced, mapped or sharded along a packed axis"
+            )
+        return self
+
+    @property
+    def row_length(self) -> int:
+        """n, the number of elements along the contracted axes."""
+        return self.codes[0].shape[-1] * packing.codes_per_byte(self.format.bits) - self.pad
+
+    @property
+    def contracted_shape(self) -> tuple[int, ...]:
+        """Sizes of the contracted axes, in their order."""
+        if not self.contracted:
+            return ()
+        return (self.row_length // math.prod(self.inner), *self.inner)
+
+    @property
+    def ndim(self) -> int:
+        return self.codes[0].ndim - 1 + len(self.contracted)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The axes that are not contracted, negative and ascending."""
+        return tuple(a for a in range(-self.ndim, 0) if a not in self.contracted)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that it stands for."""
+        sizes = dict(zip(self.contracted, self.contracted_shape, strict=True))
+        sizes.update(zip(self.kept, self.codes[0].shape[:-1], strict=True))
+        return tuple(sizes[a] for a in range(-self.ndim, 0))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return jnp.dtype(self._dtype)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """Every array it holds."""
+        return jax.tree.leaves((self.codes, self.scale, self.zero_point))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that memory holds: packed codes, scales, zero points."""
+        return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in self.arrays)
+
+    @property
+    def params(self) -> BlockParams:
+        """Scales and zero points."""
+        return BlockParams(self.scale, self.zero_point)
+
+    def unpacked(self) -> jax.Array:
+        """The codes one to a byte: uint8 `[*kept, n]`."""
+        self.check()
+        return packing.unpack(self.codes, self.format.bits, self.row_length)
+
+    def rows(self) -> jax.Array:
+        """The decoded rows, float32 `[*kept, n]`."""
+        return decode(self.unpacked(), self.params, self.format)
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The array that it stands for, in its own shape, decoded in float32 and cast to `dtype` (its own by default)."""
+        return from_rows(self.rows(), self.contracted, self.contracted_shape).astype(dtype or self.dtype)
+
+    def astype(self, dtype: Any) -> "QTensor":
+        """The same numbers, decoding to another float dtype. Codes and scales are untouched."""
+        name = jnp.dtype(dtype).name
+        if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            raise DamagedQTensorError(f"a QTensor stands for floats, it can't be cast to {name}; dequantize it first")
+        return self.replace(dtype=name)
+
+    def replace(self, **changes: Any) -> "QTensor":
+        """A copy with some fields changed."""
+        fields = {k: getattr(self, k) for k in (*_KEYS, "format", "contracted", "inner", "pad")} | {"dtype": self._dtype}
+        return QTensor(**(fields | changes))
+
+    def __jax_array__(self) -> jax.Array:
+        # Read by a model outside `quantized`: correct, if not fused.
+        return self.dequantize()
+
+    def __reduce__(self):
+        host = jax.tree.map(np.asarray, (self.codes, self.scale, self.zero_point))
+        return QTensor, (*host, self.format, self.contracted, self.inner, self.pad, self._dtype)
+
+    def __repr__(self) -> str:
+        try:
+            shape = ", ".join(map(str, self.shape))
+            return f"QTensor({self.format}, {self._dtype}[{shape}], contracted={self.contracted}, {self.nbytes:,} bytes)"
+        except Exception:  # holding shardings, specs or sentinels instead of arrays
+            return f"QTensor({self.format}, contracted={self.contracted}, codes={self.codes}, scale={self.scale})"
+
+
+def is_qtensor(x: Any) -> bool:
+    """True for a QTensor: the `is_leaf` of a `jax.tree.map` that takes quantized leaves whole."""
+    return isinstance(x, QTensor)
+
+
+def normalize_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Axes as negative numbers, ascending."""
+    out = tuple(sorted({(a % ndim) - ndim for a in axes}))
+    if len(out) != len(axes):
+        raise FormatError(f"axes {tuple(axes)} name one axis of {ndim} twice")
+    return out
+
+
+def to_rows(w: jax.Array, contracted: Sequence[int]) -> jax.Array:
+    """Moves the contracted axes to the end and flattens them: `[*kept, n]`."""
+    axes = normalize_axes(contracted, w.ndim)
+    kept = [a for a in range(-w.ndim, 0) if a not in axes]
+    n = math.prod(w.shape[a] for a in axes)
+    return w.transpose([a + w.ndim for a in (*kept, *axes)]).reshape(*[w.shape[a] for a in kept], n)
+
+
+def from_rows(rows: jax.Array, contracted: Sequence[int], contracted_shape: Sequence[int]) -> jax.Array:
+    """The inverse of `to_rows`; `contracted` negative and ascending."""
+    full = rows.reshape(*rows.shape[:-1], *contracted_shape)
+    kept = [a for a in range(-full.ndim, 0) if a not in contracted]
+    order = [*kept, *contracted]
+    return full.transpose([order.index(a) for a in range(-full.ndim, 0)])
+
+
+def from_codes(
+    codes: jax.Array, params: BlockParams, fmt: Format, contracted: tuple[int, ...], shape: Sequence[int], dtype: Any
+) -> QTensor:
+    """Packs codes (uint8 `[*kept, n]`) and block parameters into a QTensor that stands for an array of `shape`."""
+    contracted = normalize_axes(contracted, len(shape))
+    inner = tuple(shape[a] for a in contracted[1:])
+    pad = -codes.shape[-1] % packing.codes_per_byte(fmt.bits)
+    return QTensor(
+        packing.pack(codes, fmt.bits), params.scale, params.zero_point, fmt, contracted, inner, pad, jnp.dtype(dtype).name
+    )
+
+
+def encode_array(w: jax.Array, params: BlockParams, fmt: Format, contracted: Sequence[int]) -> QTensor:
+    """Rounds `w` to the nearest codes under the given scales."""
+    codes = encode(to_rows(w, contracted), params, fmt)
+    return from_codes(codes, params, fmt, tuple(contracted), w.shape, w.dtype)
+
+
+def dequantize(tree: Any) -> Any:
+    """The float tree that a quantized tree stands for; leaves that are no QTensor are returned as they are."""
+    return jax.tree.map(lambda x: x.dequantize() if is_qtensor(x) else x, tree, is_leaf=is_qtensor)
+
+
+def tree_nbytes(tree: Any) -> int:
+    """Bytes of all arrays in `tree`."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
