@@ -1,0 +1,1 @@
+"""Accelerator kernels for quantized arrays: arrays in, arrays out. Knows nothing of jquant."""
