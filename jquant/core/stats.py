@@ -16,21 +16,21 @@ class Stats(NamedTuple):
       gram: `[*batch, n, n]`, the sum of x x^T, or None where no method asked for it.
       abs_sum: `[*batch, n]`, the sum of |x|.
       absmax: `[*batch, n]`, the largest |x|.
-      count: `[*batch]`, the number of tokens.
+      tokens: `[*batch]`, the number of tokens.
     """
 
     gram: jax.Array | None
     abs_sum: jax.Array
     absmax: jax.Array
-    count: jax.Array
+    tokens: jax.Array
 
     @property
     def mean_abs(self) -> jax.Array:
         """Mean |x| per channel, `[*batch, n]`; zeros where no token was seen."""
-        return self.abs_sum / jnp.maximum(self.count, 1.0)[..., None]
+        return self.abs_sum / jnp.maximum(self.tokens, 1.0)[..., None]
 
 
 def merge(a: Stats, b: Stats) -> Stats:
     """The stats of both sets of tokens together."""
     gram = None if a.gram is None or b.gram is None else a.gram + b.gram
-    return Stats(gram, a.abs_sum + b.abs_sum, jnp.maximum(a.absmax, b.absmax), a.count + b.count)
+    return Stats(gram, a.abs_sum + b.abs_sum, jnp.maximum(a.absmax, b.absmax), a.tokens + b.tokens)

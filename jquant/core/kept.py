@@ -1,0 +1,68 @@
+"""Slicing, moving and looking up the kept axes of a leaf (a QTensor or a float array): the codes stay packed.
+
+Axes are the leaf's own, negative. Only axes that the leaf's format does not pack may be named.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jquant.core.qtensor import QTensor, is_qtensor
+
+
+def renamed(axis: int, gone: int) -> int:
+    """The name of `axis` once axis `gone` is taken away: those in front move one place towards the end."""
+    return axis + 1 if axis < gone else axis
+
+
+def _renamed_contracted(q: QTensor, gone: int) -> tuple[int, ...]:
+    return tuple(renamed(a, gone) for a in q.contracted)
+
+
+def _map_axis(q: QTensor, axis: int, fn: Callable[[jax.Array, int], jax.Array]) -> QTensor:
+    # A "tensor" scale has one entry for a whole axis: it is shared by every slice.
+    at, size = q.kept.index(axis), q.shape[axis]
+    return jax.tree.map(lambda a: fn(a, at) if a.shape[at] == size else a, q)
+
+
+def _slice(a: jax.Array, axis: int, start: Any, size: int) -> jax.Array:
+    if isinstance(start, int):
+        return jax.lax.slice_in_dim(a, start, start + size, axis=axis % a.ndim)
+    return jax.lax.dynamic_slice_in_dim(a, start, size, axis=axis % a.ndim)
+
+
+def slice_axis(leaf: Any, axis: int, start: Any, size: int) -> Any:
+    """Entries `start` .. `start + size` along one axis; `start` may be traced."""
+    if not is_qtensor(leaf):
+        return _slice(leaf, axis, start, size)
+    return _map_axis(leaf, axis, lambda a, at: _slice(a, at, start, size))
+
+
+def remove_axis(leaf: Any, axis: int) -> Any:
+    """Takes away an axis of size 1."""
+    if not is_qtensor(leaf):
+        return jnp.squeeze(leaf, axis)
+    at = leaf.kept.index(axis)
+    return jax.tree.map(lambda a: jnp.squeeze(a, at), leaf).replace(contracted=_renamed_contracted(leaf, axis))
+
+
+def move_to_front(leaf: Any, axis: int) -> Any:
+    """The leaf with one axis moved to the front."""
+    if not is_qtensor(leaf):
+        return jnp.moveaxis(leaf, axis, 0)
+    at = leaf.kept.index(axis)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, at, 0), leaf).replace(contracted=_renamed_contracted(leaf, axis))
+
+
+def take(q: QTensor, axis: int, indices: jax.Array) -> QTensor:
+    """The slices at `indices` (inside bounds) of a kept axis: a QTensor whose leading axes are those of `indices`."""
+    q, size = move_to_front(q, axis), q.shape[axis]
+
+    def rows(a: jax.Array) -> jax.Array:
+        if a.shape[0] == size:
+            return a.at[indices].get(mode="promise_in_bounds")
+        return jnp.broadcast_to(a, (*indices.shape, *a.shape[1:]))
+
+    return jax.tree.map(rows, q)

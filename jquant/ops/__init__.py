@@ -1,0 +1,5 @@
+"""Operations on QTensors: each picks an implementation, and names it."""
+
+from jquant.ops.dot import dot
+
+__all__ = ["dot"]

@@ -1,0 +1,132 @@
+"""Every use of JAX's internals, and every difference between the JAX versions we support, in one place."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+JaxprEqn = jex.JaxprEqn
+Literal = jex.Literal
+
+
+class Closed(NamedTuple):
+    """A jaxpr with its constants, the same for every JAX version (0.12 merged Jaxpr and ClosedJaxpr).
+
+    Attributes:
+      eqns, outvars: as in the jaxpr.
+      constvars, consts: constants and their values.
+      invars: the inputs, constants not among them.
+    """
+
+    eqns: Sequence[Any]
+    constvars: Sequence[Any]
+    consts: Sequence[Any]
+    invars: Sequence[Any]
+    outvars: Sequence[Any]
+
+
+def closed(jaxpr: Any) -> Closed:
+    """The parts of a Jaxpr or ClosedJaxpr."""
+    if isinstance(jaxpr, Closed):
+        return jaxpr
+    inner = jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+    consts = list(getattr(jaxpr, "consts", ()))
+    constvars = list(inner.constvars)
+    # An open jaxpr's constvars without values are inputs in front of the others.
+    if len(constvars) != len(consts):
+        return Closed(inner.eqns, [], [], [*constvars, *inner.invars], inner.outvars)
+    return Closed(inner.eqns, constvars, consts, list(inner.invars), inner.outvars)
+
+
+class ScanParts(NamedTuple):
+    """A scan's body and how its operands split."""
+
+    body: Closed
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+    unroll: int
+
+
+def scan_parts(eqn: JaxprEqn) -> ScanParts:
+    """The pieces of a scan equation, `num_consts` before 0.12 and `ft_in` from then on."""
+    p = eqn.params
+    if "num_consts" in p:
+        consts, carry = p["num_consts"], p["num_carry"]
+    else:
+        consts, carry, _ = (len(list(part)) for part in p["ft_in"].unpack())
+    return ScanParts(closed(p["jaxpr"]), consts, carry, p["length"], p["reverse"], p["unroll"])
+
+
+def trace(fn: Callable[..., Any], *args: Any) -> tuple[Closed, Any]:
+    """Traces `fn` at the shapes of `args` (arrays, tracers or ShapeDtypeStructs): its jaxpr and its output tree."""
+    out: dict[str, Any] = {}
+
+    def flat_fn(*flat: Any) -> list[Any]:
+        result = fn(*jax.tree.unflatten(in_tree, flat))
+        leaves, out["tree"] = jax.tree.flatten(result)
+        return leaves
+
+    flat_args, in_tree = jax.tree.flatten(args)
+    return closed(jax.make_jaxpr(flat_fn)(*[abstract(a) for a in flat_args])), out["tree"]
+
+
+def abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype, weak type of an array, tracer or scalar."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    aval = jax.typeof(x)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def bind(eqn: JaxprEqn, *args: Any) -> list[Any]:
+    """Runs one equation on values, custom derivatives and all."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def is_literal(v: Any) -> bool:
+    return isinstance(v, Literal)
+
+
+def is_dropped(v: Any) -> bool:
+    """An output that nobody reads."""
+    return type(v).__name__ == "DropVar"
+
+
+def sub_jaxprs(eqn: JaxprEqn) -> list[Closed]:
+    """The jaxprs inside an equation's parameters."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(item, "eqns") and hasattr(item, "invars") or hasattr(item, "jaxpr"):
+                found.append(closed(item))
+    return found
+
+
+def static_key(value: Any) -> Any:
+    """A hashable stand-in for an equation's parameter: equal parameters give equal keys."""
+    if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+        consts = tuple((id(c)) for c in closed(value).consts)
+        return ("jaxpr", str(value), consts)
+    if isinstance(value, tuple | list):
+        return tuple(static_key(v) for v in value)
+    if isinstance(value, np.ndarray | jax.Array):
+        return ("array", value.shape, str(value.dtype), np.asarray(value).tobytes())
+    try:
+        hash(value)
+        return value
+    except TypeError:
+        return ("repr", repr(value))
+
+
+def literal_key(v: Any) -> Any:
+    """A hashable stand-in for a literal."""
+    value = v.val
+    return ("literal", str(jnp.result_type(value)), np.asarray(value).tobytes(), np.shape(value))

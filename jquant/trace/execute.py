@@ -1,0 +1,161 @@
+"""`quantized`: the user's function on quantized parameters."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jquant import ops
+from jquant.core import kept
+from jquant.core.qtensor import QTensor, is_qtensor
+from jquant.trace import compat, interpreter, view
+from jquant.trace.function import trace_call
+from jquant.trace.sites import full_axes
+from jquant.trace.uses import Use
+from jquant.trace.view import Ref
+
+
+class Ran(NamedTuple):
+    """How one read of a quantized parameter runs.
+
+    Attributes:
+      path: the leaf's path.
+      kind: "dot", "lookup", "conv", "ragged_dot" or "read".
+      fused: the codes themselves are read by the operation; otherwise an array of floats is made in front of it.
+      how: the implementation, or the reason for the floats.
+    """
+
+    path: str
+    kind: str
+    fused: bool
+    how: str
+
+
+class ExecuteReader:
+    """Runs each use on the codes."""
+
+    inline, unroll = False, False
+
+    def __init__(self) -> None:
+        self.log: dict[Any, Ran] = {}
+
+    def use(self, use: Use, frame: interpreter.Frame) -> list[Any]:
+        ref, q = use.ref, use.ref.value
+        runner = _RUN.get(use.kind)
+        reason = _mismatch(use, q)
+        if runner is None or reason:
+            self._note(use.eqn, ref, frame, use.kind, False, reason or f"{use.kind} runs on dequantized weights")
+            return compat.bind(use.eqn, *[a.array() if isinstance(a, Ref) else a for a in use.args])
+        out, how = runner(use)
+        self._note(use.eqn, ref, frame, use.kind, True, how)
+        return [out.astype(use.eqn.outvars[0].aval.dtype)]
+
+    def read(self, ref: Ref, eqn: Any, frame: interpreter.Frame) -> Any:
+        self._note(eqn, ref, frame, "read", False, f"read by {eqn.primitive.name}: dequantized there")
+        return ref.array()
+
+    def _note(self, eqn: Any, ref: Ref, frame: Any, kind: str, fused: bool, how: str) -> None:
+        self.log[(*frame.scope, id(eqn), ref.path)] = Ran(ref.path, kind, fused, how)
+
+
+def _long_axes(axes: Any, shape: tuple[int, ...]) -> set[int]:
+    return {a for a in axes if shape[a] != 1}
+
+
+def _mismatch(use: Use, q: QTensor) -> str:
+    """Why a use can't read these codes, or ""."""
+    if use.kind == "lookup":
+        return f"looks up along the packed axis {use.how.axis}" if use.how.axis in q.contracted else ""
+    if _long_axes(use.contracted, q.shape) != _long_axes(q.contracted, q.shape):
+        quantized_along = full_axes(use.ref, q.contracted)
+        return f"contracts {full_axes(use.ref, use.contracted)}, quantized along {quantized_along}: dequantized there"
+    return ""
+
+
+def _run_dot(use: Use) -> tuple[jax.Array, str]:
+    how, eqn = use.how, use.eqn
+    x = how.operand(use.x)
+    out, name = ops.dot(
+        x, use.ref.value, batch=how.batch, cast=use.ref.cast, precision=eqn.params["precision"],
+        preferred=eqn.params["preferred_element_type"],
+    )  # fmt: skip
+    x_dims = how.order_in[len(how.batch_shape) : len(how.batch_shape) + _free_count(use)]
+    return how.result(out, [use.x.shape[d] for d in x_dims]), name
+
+
+def _free_count(use: Use) -> int:
+    contract, batch = use.eqn.params["dimension_numbers"]
+    other = 1 - use.which
+    return use.x.ndim - len(contract[other]) - len(batch[other])
+
+
+def _run_lookup(use: Use) -> tuple[jax.Array, str]:
+    eqn, numbers = use.eqn, use.eqn.params["dimension_numbers"]
+    indices = use.x[..., 0]
+    size = use.ref.value.shape[use.how.axis]
+    mode = str(eqn.params["mode"])
+    taken = kept.take(use.ref.value, use.how.axis, jnp.clip(indices, 0, size - 1).ravel())
+    rows = _row_view(use).replace(value=taken)
+    rows = jax.vmap(Ref.array)(rows)
+    rows = rows.reshape(*indices.shape, *rows.shape[1:])
+    if "FILL" in mode:
+        fill = eqn.params["fill_value"]
+        ok = ((indices >= 0) & (indices < size)).reshape(*indices.shape, *[1] * (rows.ndim - indices.ndim))
+        rows = jnp.where(ok, rows, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype))
+    batch = iter(range(indices.ndim))
+    offset = iter(range(indices.ndim, rows.ndim))
+    order = [next(offset) if i in numbers.offset_dims else next(batch) for i in range(rows.ndim)]
+    return rows.transpose(order), "lookup of codes"
+
+
+def _row_view(use: Use) -> Ref:
+    """The view of one looked-up slice: the leaf's, without the axis that is looked up."""
+    ref, axis, dim = use.ref, use.how.axis, use.how.dim
+    dims = [d for i, d in enumerate(ref.dims) if i != dim]
+    return ref.replace(dims=tuple(tuple(view.Atom(kept.renamed(a.axis, axis), *a[1:]) for a in d) for d in dims))
+
+
+_RUN: dict[str, Callable[[Use], tuple[jax.Array, str]]] = {"dot": _run_dot, "lookup": _run_lookup}
+
+
+def _execute(apply: Callable[..., Any], qparams: Any, args: Any, kwargs: Any, reader: ExecuteReader) -> Any:
+    traced = trace_call(apply, qparams, args, kwargs)
+    refs = [
+        view.new_ref(p, v.check()) if is_qtensor(v) else v for p, v in zip(traced.paths, traced.leaves, strict=True)
+    ]
+    outs = interpreter.run(traced.jaxpr, [*refs, *traced.arrays], reader, interpreter.Frame())
+    outs = [o.array() if isinstance(o, Ref) else o for o in outs]
+    return jax.tree.unflatten(traced.out_tree, outs)
+
+
+def quantized(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, taking parameters some of whose leaves are QTensors.
+
+    Every matmul and lookup that reads a QTensor runs on its codes; whatever else reads one gets it dequantized there
+    (`explain` lists both). The result equals `apply` on `dequantize(qparams)` up to the order of accumulation. It composes
+    with jit, grad (inputs and float leaves), vmap, scan, remat and shardings. `apply` itself is not changed.
+
+    Args:
+      apply: `apply(params, *args, **kwargs)`, pure.
+
+    Returns:
+      A function of the same signature.
+
+    Raises (when called):
+      DamagedQTensorError: the codes of a leaf were cast or cut.
+    """
+
+    @functools.wraps(apply)
+    def run(qparams: Any, *args: Any, **kwargs: Any) -> Any:
+        return _execute(apply, qparams, args, kwargs, ExecuteReader())
+
+    return run
+
+
+def explain(apply: Callable[..., Any], qparams: Any, *args: Any, **kwargs: Any) -> list[Ran]:
+    """How each read of a quantized parameter in `apply(qparams, *args, **kwargs)` would run, in order. Nothing is run."""
+    reader = ExecuteReader()
+    jax.eval_shape(lambda q, a, k: _execute(apply, q, a, k, reader), qparams, args, kwargs)
+    return list(reader.log.values())

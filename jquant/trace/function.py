@@ -1,0 +1,67 @@
+"""A user's function and its arguments, traced: the jaxpr with one input for each parameter leaf and each array."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jquant.core.errors import TraceError
+from jquant.core.paths import flatten_with_paths
+from jquant.core.qtensor import is_qtensor
+from jquant.trace import compat
+
+
+class Traced(NamedTuple):
+    """A traced call.
+
+    Attributes:
+      jaxpr: inputs: the parameter leaves, then the arrays among the arguments.
+      paths, leaves: the parameters; a QTensor is one leaf and one input of the shape it stands for.
+      arrays: the arrays among the arguments.
+      out_tree: structure of the outputs.
+    """
+
+    jaxpr: compat.Closed
+    paths: list[str]
+    leaves: list[Any]
+    arrays: list[Any]
+    out_tree: Any
+
+
+def is_array(x: Any) -> bool:
+    """What is traced of a function's arguments; Python scalars, strings, modules stay what they are."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def trace_call(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
+    """Traces `apply(params, *args, **kwargs)` at its arguments' shapes. Nothing is run, nothing is patched.
+
+    Raises:
+      TraceError: a parameter leaf is no array.
+    """
+    flat, treedef = flatten_with_paths(params)
+    paths, leaves = [p for p, _ in flat], [v for _, v in flat]
+    for path, leaf in flat:
+        if not (is_array(leaf) or is_qtensor(leaf) or isinstance(leaf, float | int | complex)):
+            raise TraceError(f"{path}: a parameter leaf must be an array or a QTensor, not {type(leaf).__name__}")
+    rest, rest_tree = jax.tree.flatten((tuple(args), kwargs))
+    arrays = [x for x in rest if is_array(x)]
+
+    def call(leaves: list[Any], arrays: list[Any]) -> Any:
+        it = iter(arrays)
+        args, kwargs = rest_tree.unflatten([next(it) if is_array(x) else x for x in rest])
+        return apply(treedef.unflatten(leaves), *args, **kwargs)
+
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) if is_qtensor(v) else v for v in leaves]
+    jaxpr, out_tree = compat.trace(call, shapes, arrays)
+    return Traced(jaxpr, paths, leaves, arrays, out_tree)
+
+
+def call_args(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch, an array or a tuple or dict of arguments, as positional and keyword arguments."""
+    if isinstance(batch, dict):
+        return (), batch
+    if isinstance(batch, tuple):
+        return batch, {}
+    return (batch,), {}
