@@ -1,0 +1,121 @@
+"""`calibrate`: what a model's weights meet, summed over batches."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jquant.core.errors import JQuantError, NonFiniteError, RecipeError
+from jquant.core.qtensor import is_qtensor
+from jquant.core.stats import Stats, merge
+from jquant.progress import Progress
+from jquant.trace import interpreter, view
+from jquant.trace.function import Traced, call_args, trace_call
+from jquant.trace.observe import Observed, ObserveReader, gather_stats
+
+__all__ = ["Stats", "calibrate", "merge"]
+
+
+def calibrate(
+    apply: Callable[..., Any], params: Any, batches: Iterable[Any], *, paths: Iterable[str] | None = None, gram: bool = True
+) -> dict[str, Stats]:
+    """Statistics of the inputs of every matmul that reads a parameter.
+
+    One forward pass of the float (or quantized) model over `batches`, jit-compiled once for each shape of batch. Leaves
+    that read the same array share one Gram matrix: their `Stats` hold the same arrays.
+
+    Args:
+      apply: `apply(params, *args)`, pure.
+      params: its parameters.
+      batches: what `apply` takes after the parameters: arrays, or tuples or dicts of arguments. Any sizes; an iterator
+        is enough.
+      paths: the leaves to observe; all by default.
+      gram: whether to accumulate Gram matrices (n x n float32 for every distinct input).
+
+    Returns:
+      path -> `Stats`, additive: `jax.tree.map`-free merging with `jquant.merge`. Leaves read only by lookups have none.
+
+    Raises:
+      NonFiniteError: an input holds NaN or infinity; names the leaf and the count.
+      JQuantError: there are no batches.
+      RecipeError: one of `paths` is not read by a matmul.
+    """
+    wanted = None if paths is None else set(paths)
+    programs: dict[Any, Any] = {}
+    totals: dict[int, Observed] | None = None
+    members, shapes = None, None
+    batches = list(batches)
+    if not batches:
+        raise JQuantError("calibrate: there are no batches; give at least one, as in [tokens]")
+    with Progress(len(batches), "calibrating", "batches") as progress:
+        for batch in batches:
+            args, kwargs = call_args(batch)
+            run = _program(programs, apply, params, args, kwargs, wanted, gram)
+            seen, reader, shapes = run(args, kwargs)
+            if members is not None and reader.members != members:
+                raise JQuantError("calibrate: batches of different shapes run through different matmuls; give one shape")
+            members = reader.members
+            _check_finite(members, seen)
+            totals = seen if totals is None else _merge_all(totals, seen)
+            progress.step()
+    assert totals is not None and members is not None and shapes is not None
+    missing = (wanted or set()) - set(members)
+    if missing:
+        raise RecipeError(f"calibrate: {sorted(missing)[0]} is read by no matmul that can be observed; see find_sites")
+    return _share({p: (m, totals, shapes[p]) for p, m in members.items()})
+
+
+@jax.jit
+def _merge_all(a: dict[int, Observed], b: dict[int, Observed]) -> dict[int, Observed]:
+    return {k: a[k].merge(b[k]) for k in a}
+
+
+def _program(programs: Any, apply: Any, params: Any, args: Any, kwargs: Any, wanted: Any, gram: bool) -> Any:
+    """The compiled observer for the shapes of a batch."""
+    traced = trace_call(apply, params, args, kwargs)
+    key = tuple((a.shape, str(a.dtype)) for a in traced.arrays)
+    if key not in programs:
+        reader = ObserveReader(wanted, gram)
+        programs[key] = (jax.jit(_observer(traced, reader)), reader)
+    fn, reader = programs[key]
+    shapes = {p: tuple(jnp.shape(v)) if not is_qtensor(v) else v.shape for p, v in zip(traced.paths, traced.leaves, strict=True)}
+
+    def run(args: Any, kwargs: Any) -> Any:
+        return fn(traced.leaves, traced.arrays), reader, shapes
+
+    return run
+
+
+def _observer(traced: Traced, reader: ObserveReader) -> Callable[..., dict[int, Observed]]:
+    def observe(leaves: list[Any], arrays: list[Any]) -> dict[int, Observed]:
+        frame = interpreter.Frame()
+        refs = [view.new_ref(p, v) for p, v in zip(traced.paths, leaves, strict=True)]
+        interpreter.run(traced.jaxpr, [*refs, *arrays], reader, frame)
+        return reader.collect(frame)
+
+    return observe
+
+
+def _check_finite(members: dict[str, Any], seen: dict[int, Observed]) -> None:
+    counts = jax.device_get({k: jnp.sum(v.nonfinite) for k, v in seen.items()})
+    for path, groups in members.items():
+        bad = sum(int(counts[m.group]) for m in groups)
+        if bad:
+            raise NonFiniteError(
+                f"{path}: its input holds {bad} values that are NaN or infinite; look at the batch and at what comes "
+                "before this leaf (in 16 bits, an overflow)"
+            )
+
+
+def _share(wanted: dict[str, Any]) -> dict[str, Stats]:
+    """Stats by path; leaves whose statistics come from the same arrays in the same way get the same object."""
+    made: dict[Any, Stats] = {}
+    out = {}
+    for path, (members, totals, shape) in wanted.items():
+        key = tuple((m.group, m.axes, m.at) for m in members)
+        sized = key if not any(m.at for m in members) else (*key, shape)
+        if sized not in made:
+            made[sized] = gather_stats(members, totals, shape).stats
+        out[path] = made[sized]
+    return out

@@ -1,0 +1,216 @@
+"""Calibration statistics as functional outputs: what each weight's inputs were."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jquant.core.stats import Stats, merge
+from jquant.trace import compat, interpreter
+from jquant.trace.sites import full_axes, input_key
+from jquant.trace.uses import Use
+from jquant.trace.view import Ref
+
+_FULL = jax.lax.Precision.HIGHEST
+
+
+class Observed(NamedTuple):
+    """Statistics of one array, and how many of its values were not finite (int32, per entry of the batch axes)."""
+
+    stats: Stats
+    nonfinite: jax.Array
+
+    def merge(self, other: "Observed") -> "Observed":
+        """Both together."""
+        return Observed(merge(self.stats, other.stats), self.nonfinite + other.nonfinite)
+
+
+class Member(NamedTuple):
+    """Where the statistics of a leaf are to be found.
+
+    Attributes:
+      group: number of the observed array.
+      axes: the full leaf's axes that the leading axes of the statistics are, in their order.
+      at: static indices `(axis, index)` of the full leaf that these statistics are for.
+      contracted: the full leaf's contracted axes.
+    """
+
+    group: int
+    axes: tuple[int, ...]
+    at: tuple[tuple[int, int], ...]
+    contracted: tuple[int, ...]
+
+
+class ObserveReader:
+    """Emits statistics at every use of the wanted leaves; goes on with the float (or dequantized) array.
+
+    Args:
+      wanted: paths to observe, or None for all.
+      gram: whether to accumulate Gram matrices.
+
+    Attributes:
+      members: for each path the observed arrays it reads. Complete once the function has been traced.
+      skipped: uses that can't be observed, by path, with the reason.
+    """
+
+    inline, unroll = True, False
+
+    def __init__(self, wanted: set[str] | None = None, gram: bool = True):
+        self.wanted, self.gram = wanted, gram
+        self.members: dict[str, dict[Member, None]] = {}
+        self.skipped: dict[str, str] = {}
+        self.groups: dict[Any, int] = {}
+
+    def use(self, use: Use, frame: interpreter.Frame) -> list[Any]:
+        if self.wanted is None or use.ref.path in self.wanted:
+            self._observe(use, frame)
+        return compat.bind(use.eqn, *[a.array() if isinstance(a, Ref) else a for a in use.args])
+
+    def read(self, ref: Ref, eqn: Any, frame: interpreter.Frame) -> Any:
+        return ref.array()
+
+    def _observe(self, use: Use, frame: interpreter.Frame) -> None:
+        if use.kind == "lookup":
+            return
+        reason = _unobservable(use)
+        if reason:
+            self.skipped[use.ref.path] = reason
+            return
+        key = ("observed", *input_key(use))
+        if key not in frame.known:
+            name = (*frame.scope, id(use.eqn))
+            scans = tuple(i.by for i in use.ref.stack if i.at == "scanned")
+            interpreter.emit(frame, interpreter.Key(name, scans), _place(use, statistics(use, self.gram)))
+            frame.known[key] = (list(use.args), [name])
+        name = frame.known[key][1][0]
+        group = self.groups.setdefault(name, len(self.groups))
+        self.members.setdefault(use.ref.path, {})[_member(use, group)] = None
+
+    def collect(self, frame: interpreter.Frame) -> dict[int, Observed]:
+        """What the top frame emitted, by group number."""
+        return {self.groups[key.name]: value for key, value in frame.emitted.items()}
+
+
+def _unobservable(use: Use) -> str:
+    ref = use.ref
+    if any(a in ref.sliced for a in (*use.contracted, *use.batch)):
+        return "a slice along an axis that its input shares"
+    if sum(i.at == "traced" for i in ref.stack) > 1:
+        return "indexed along two axes by traced numbers"
+    if use.kind == "conv" and use.eqn.params["feature_group_count"] != 1:
+        return "a grouped convolution"
+    if use.kind == "conv" and use.eqn.params["batch_group_count"] != 1:
+        return "a batch-grouped convolution"
+    return ""
+
+
+def _member(use: Use, group: int) -> Member:
+    ref = use.ref
+    moving = [i.axis for kind in ("scanned", "traced") for i in ref.stack if i.at == kind]
+    at = tuple((i.axis, i.at) for i in ref.stack if isinstance(i.at, int))
+    return Member(group, (*moving, *full_axes(ref, use.batch)), at, full_axes(ref, use.contracted))
+
+
+def _place(use: Use, observed: Observed) -> Observed:
+    """Statistics of a slice taken at a traced index, at their place among zeros."""
+    index = next((i for i in use.ref.stack if i.at == "traced"), None)
+    if index is None:
+        return observed
+    return jax.tree.map(
+        lambda a: jnp.zeros((index.size, *a.shape), a.dtype).at[use.ref.position].set(a, mode="clip"), observed
+    )
+
+
+def statistics(use: Use, gram: bool) -> Observed:
+    """The statistics of a use's input, its leading axes those of `use.batch`."""
+    x = _rows(use)
+    weight = None
+    if use.kind == "ragged_dot":
+        x, weight = x[None], _expert_mask(use)
+    return observe_rows(x, gram, weight)
+
+
+def observe_rows(x: jax.Array, gram: bool, mask: jax.Array | None = None) -> Observed:
+    """Statistics of rows `[*batch, tokens, n]`; with a mask `[groups, tokens]`, of the rows of each group."""
+    x = x.astype(jnp.float32)
+    finite = jnp.isfinite(x)
+    if mask is not None:
+        finite = jnp.where(mask[..., None], finite, True)
+        x = jnp.where(mask[..., None], x, 0)
+        tokens = jnp.sum(mask, axis=-1, dtype=jnp.float32)
+    else:
+        tokens = jnp.full(x.shape[:-2], x.shape[-2], jnp.float32)
+    size = jnp.abs(x)
+    product = None
+    if gram:
+        b = tuple(range(x.ndim - 2))
+        dims = (((x.ndim - 2,), (x.ndim - 2,)), (b, b))
+        product = jax.lax.dot_general(x, x, dims, precision=_FULL, preferred_element_type=jnp.float32)
+    stats = Stats(product, jnp.sum(size, axis=-2), jnp.max(size, axis=-2, initial=0.0), tokens)
+    return Observed(stats, jnp.sum(~finite, axis=(-2, -1), dtype=jnp.int32))
+
+
+def _rows(use: Use) -> jax.Array:
+    if use.kind == "dot":
+        return use.how.operand(use.x)
+    if use.kind == "conv":
+        return _patches(use)
+    return use.args[0]
+
+
+def _expert_mask(use: Use) -> jax.Array:
+    """Which rows of a ragged product each group takes: bool `[groups, tokens]`."""
+    sizes, tokens = use.args[2], use.args[0].shape[0]
+    ends = jnp.cumsum(sizes)
+    row = jnp.arange(tokens)
+    return (row >= (ends - sizes)[:, None]) & (row < ends[:, None])
+
+
+def _patches(use: Use) -> jax.Array:
+    """The inputs of a convolution as rows in the order of its kernel's contracted axes."""
+    p = use.eqn.params
+    spec = p["dimension_numbers"]
+    patches = jax.lax.conv_general_dilated_patches(
+        use.args[0], filter_shape=[use.ref.shape[d] for d in spec.rhs_spec[2:]], window_strides=p["window_strides"],
+        padding=p["padding"], lhs_dilation=p["lhs_dilation"], rhs_dilation=p["rhs_dilation"], dimension_numbers=spec,
+        precision=_FULL,
+    )  # fmt: skip
+    patches = jnp.moveaxis(patches, spec.out_spec[1], -1)
+    # Patches come as (in feature, *window); the kernel holds its contracted axes in its own order.
+    sizes = [use.ref.shape[d] for d in spec.rhs_spec[1:]]
+    order = sorted(range(len(sizes)), key=lambda i: spec.rhs_spec[1:][i])
+    patches = patches.reshape(-1, *sizes).transpose([0, *[1 + i for i in order]])
+    return patches.reshape(patches.shape[0], -1)
+
+
+def gather_stats(members: dict[Member, None], observed: dict[int, Observed], shape: tuple[int, ...]) -> Observed:
+    """The statistics of one leaf from the arrays it reads.
+
+    Its batch axes are brought into the leaf's order; static indices are put side by side, and what was never seen is zero.
+    """
+    total: Observed | None = None
+    for member in members:
+        part = _spread(member, observed[member.group], shape)
+        total = part if total is None else total.merge(part)
+    assert total is not None
+    return total
+
+
+def _spread(member: Member, seen: Observed, shape: tuple[int, ...]) -> Observed:
+    axes = [a for a, _ in member.at] + list(member.axes)
+    order = sorted(range(len(axes)), key=lambda i: axes[i])
+    lead = len(axes)
+
+    def place(a: jax.Array) -> jax.Array:
+        if member.at:
+            sizes = [shape[axis] for axis, _ in member.at]
+            a = jnp.zeros((*sizes, *a.shape), a.dtype).at[tuple(i for _, i in member.at)].set(a)
+        return a.transpose([*order, *range(lead, a.ndim)])
+
+    return jax.tree.map(place, seen)
+
+
+def batch_axes_of(members: dict[Member, None]) -> tuple[int, ...]:
+    """The leaf's axes that its statistics have in front, ascending."""
+    return tuple(sorted({a for m in members for a in (*m.axes, *[axis for axis, _ in m.at])}))
+
