@@ -1,0 +1,25 @@
+"""One decoder family in Flax (Llama, Mistral, Qwen2, Qwen3), its loaders and text generation."""
+
+from jquant.models.cache import init_cache
+from jquant.models.config import Config, Rope, param_shapes
+from jquant.models.decoder import build, init
+from jquant.models.errors import ModelError
+from jquant.models.generate import Generation, generate
+from jquant.models.load import Model, load
+from jquant.models.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Config",
+    "Generation",
+    "Model",
+    "ModelError",
+    "Rope",
+    "Tokenizer",
+    "build",
+    "generate",
+    "init",
+    "init_cache",
+    "load",
+    "load_tokenizer",
+    "param_shapes",
+]

@@ -1,0 +1,180 @@
+"""One decoder in Flax for Llama (Touvron et al. 2023), Mistral, Qwen2 and Qwen3, and the pure function made of it.
+
+Shapes in comments: B batch, L tokens, K key/value heads, D head_dim, T cached positions.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jquant.models import cache as kv
+from jquant.models.attention import attend, causal_attention
+from jquant.models.config import Config, param_shapes
+from jquant.models.rope import apply_rope, rope_table
+
+Params = dict[str, Any]
+Apply = Callable[..., Any]
+
+
+class Context(NamedTuple):
+    """What all layers share, computed once: rope tables [L, D / 2], a mask for each window, where the tokens start."""
+
+    cos: jax.Array
+    sin: jax.Array
+    masks: dict[int | None, jax.Array]  # bool [L, L], or [L, T] with a cache: True where a query sees a key
+    start: jax.Array | int
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32; keeps the dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    config: Config
+    window: int | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context, entry: Any) -> tuple[jax.Array, Any]:
+        c = self.config
+        heads = lambda y, n: y.reshape(*y.shape[:-1], n, c.head_dim)
+        q = heads(nn.Dense(c.num_heads * c.head_dim, use_bias=c.qkv_bias, name="q")(x), c.num_heads)
+        k = heads(nn.Dense(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="k")(x), c.num_kv_heads)
+        v = heads(nn.Dense(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="v")(x), c.num_kv_heads)
+        if c.qk_norm:
+            q, k = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(k)
+        q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, L, D]
+        mask = context.masks[self.window]
+        if entry is None:
+            out = causal_attention(q, k, v, mask)
+        else:
+            entry = kv.append(entry, k, v, context.start)
+            out = attend(q, *kv.read(entry, x.dtype), mask)
+        return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o")(out), entry
+
+
+class MLP(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        gate = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="gate")(x)
+        up = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="up")(x)
+        return nn.Dense(c.hidden_size, use_bias=c.mlp_bias, name="down")(nn.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    config: Config
+    index: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context, entry: Any) -> tuple[jax.Array, Any]:
+        c = self.config
+        attention = Attention(c, c.window(self.index), name="attention")
+        out, entry = attention(RMSNorm(c.rms_norm_eps, name="attention_norm")(x), context, entry)
+        x = x + out
+        return x + MLP(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)), entry
+
+
+class Layers(nn.Module):
+    """The unrolled stack; a module of its own so that paths read `layers/3/...`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context, entries: Any) -> tuple[jax.Array, Any]:
+        new = {}
+        for i in range(self.config.num_layers):
+            entry = None if entries is None else entries[str(i)]
+            x, new[str(i)] = Layer(self.config, i, name=str(i))(x, context, entry)
+        return x, new
+
+
+class Decoder(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, cache: Any = None, logits_at: jax.Array | None = None) -> Any:
+        c = self.config
+        embed = nn.Embed(c.vocab_size, c.hidden_size, name="embed")
+        context = _context(c, tokens.shape[1], cache)
+        x, entries = Layers(c, name="layers")(embed(tokens), context, None if cache is None else cache["layers"])
+        if logits_at is not None:
+            x = x[:, logits_at]
+        x = RMSNorm(c.rms_norm_eps, name="norm")(x)
+        logits = embed.attend(x) if c.tied else nn.Dense(c.vocab_size, use_bias=False, name="lm_head")(x)
+        logits = logits.astype(jnp.float32)
+        if cache is None:
+            return logits
+        return logits, {"length": cache["length"] + tokens.shape[1], "layers": entries}
+
+
+def _context(config: Config, length: int, cache: Any) -> Context:
+    start = 0 if cache is None else cache["length"]
+    queries = start + jnp.arange(length)
+    keys = queries if cache is None else jnp.arange(kv.cache_length(cache))
+    cos, sin = rope_table(config.rope, config.head_dim, queries, config.max_position_embeddings, start + length)
+    masks = {window: _mask(queries, keys, window) for window in {config.window(i) for i in range(config.num_layers)}}
+    return Context(cos, sin, masks, start)
+
+
+def _mask(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
+    mask = keys <= queries[:, None]
+    return mask if window is None else mask & (keys > queries[:, None] - window)
+
+
+def build(config: Config) -> Apply:
+    """The model as a pure function.
+
+    `apply(params, tokens)`: int32 [batch, length] -> float32 logits [batch, length, vocab].
+    `apply(params, tokens, cache=cache)` -> (logits, cache): the tokens continue those in the cache (`init_cache`),
+    which needs room for them: writing past its end is not checked under jit.
+    `logits_at` (int32 [n], counted within `tokens`, negative from the end) computes the head at those positions only.
+    The arithmetic follows the dtype of `params`; softmax, norms and rope are float32.
+    """
+    module = Decoder(config)
+
+    def apply(params: Params, tokens: jax.Array, *, cache: Any = None, logits_at: jax.Array | None = None) -> Any:
+        return module.apply({"params": params}, tokens, cache=cache, logits_at=logits_at)
+
+    return apply
+
+
+def init(config: Config, key: jax.Array, dtype: Any = "float32") -> Params:
+    """Random parameters: kernels and embedding normal with variance 1 / hidden or 1 / in, norms one, biases zero."""
+    shapes = param_shapes(config)
+    keys = jax.random.split(key, len(shapes))
+    return nest({path: _init_leaf(path, shape, k, dtype) for (path, shape), k in zip(shapes.items(), keys)})
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def _init_leaf(path: str, shape: tuple[int, ...], key: jax.Array, dtype: Any) -> jax.Array:
+    if path.endswith("scale"):
+        return jnp.ones(shape, dtype)
+    if path.endswith("bias"):
+        return jnp.zeros(shape, dtype)
+    fan_in = shape[-1] if path.endswith("embedding") else shape[0]
+    return (jax.random.normal(key, shape) * fan_in**-0.5).astype(dtype)
+
+
+def nest(flat: dict[str, Any]) -> Params:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[name] = leaf
+    return tree
