@@ -3,6 +3,7 @@
 Axes are the leaf's own, negative. Only axes that the leaf's format does not pack may be named.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +34,36 @@ def _slice(a: jax.Array, axis: int, start: Any, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(a, start, size, axis=axis % a.ndim)
 
 
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """A leaf that is not at hand yet: its shape and dtype, and the cuts to be made once it is.
+
+    Attributes:
+      shape, dtype: after the cuts.
+      cuts: `(axis, start, size)` slices, and `(axis,)` removals of an axis of size 1, in order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    cuts: tuple[tuple[int, ...], ...] = ()
+
+    def _cut(self, axis: int, sizes: list[int], *cut: int) -> "Later":
+        at = axis % len(self.shape)
+        shape = (*self.shape[:at], *sizes, *self.shape[at + 1 :])
+        return dataclasses.replace(self, shape=shape, cuts=(*self.cuts, (axis, *cut)))
+
+
+def apply_cuts(leaf: Any, cuts: tuple[tuple[int, ...], ...]) -> Any:
+    """Makes the cuts that a `Later` noted."""
+    for cut in cuts:
+        leaf = slice_axis(leaf, *cut) if len(cut) == 3 else remove_axis(leaf, *cut)
+    return leaf
+
+
 def slice_axis(leaf: Any, axis: int, start: Any, size: int) -> Any:
     """Entries `start` .. `start + size` along one axis; `start` may be traced."""
+    if isinstance(leaf, Later):
+        return leaf._cut(axis, [size], start, size)
     if not is_qtensor(leaf):
         return _slice(leaf, axis, start, size)
     return _map_axis(leaf, axis, lambda a, at: _slice(a, at, start, size))
@@ -42,6 +71,8 @@ def slice_axis(leaf: Any, axis: int, start: Any, size: int) -> Any:
 
 def remove_axis(leaf: Any, axis: int) -> Any:
     """Takes away an axis of size 1."""
+    if isinstance(leaf, Later):
+        return leaf._cut(axis, [])
     if not is_qtensor(leaf):
         return jnp.squeeze(leaf, axis)
     at = leaf.kept.index(axis)

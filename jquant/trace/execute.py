@@ -43,6 +43,8 @@ class ExecuteReader:
 
     def use(self, use: Use, frame: interpreter.Frame) -> list[Any]:
         ref, q = use.ref, use.ref.value
+        if not is_qtensor(q):
+            return compat.bind(use.eqn, *[a.array() if isinstance(a, Ref) else a for a in use.args])
         runner = _RUN.get(use.kind)
         reason = _mismatch(use, q)
         if runner is None or reason:

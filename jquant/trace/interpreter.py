@@ -347,7 +347,7 @@ def _unrolled_scan(
     order = range(parts.length)
     scope = frame.scope
     for i in reversed(order) if parts.reverse else order:
-        rows = [_row(x, i) for x in xs]
+        rows = [row_of(x, i) if is_ref(x) else jax.lax.index_in_dim(x, i, keepdims=False) for x in xs]
         frame.scope = (*scope, id(eqn), i)
         outs = run(parts.body, [*consts, *carry, *rows], reader, frame)
         carry, ys = _arrays(outs[: parts.num_carry]), _arrays(outs[parts.num_carry :])
@@ -358,10 +358,9 @@ def _unrolled_scan(
     return [*carry, *[jnp.stack(column) for column in zip(*steps, strict=True)]]
 
 
-def _row(x: Any, i: int) -> Any:
-    if not is_ref(x):
-        return jax.lax.index_in_dim(x, i, keepdims=False)
-    out = view.cut(x, 0, i, 1)
+def row_of(stack: Ref, i: int) -> Ref:
+    """Slice `i` of a stacked view."""
+    out = view.cut(stack, 0, i, 1)
     assert out is not None
     return out.replace(dims=out.dims[1:])
 

@@ -1,0 +1,412 @@
+"""A model as a straight line of instructions, cut into parts that are run one after the other.
+
+`linearize` flattens the jaxpr: calls are inlined, scans over stacked parameters become one copy of the body for each
+slice. `plan` cuts the line in front of every group of wanted matmuls that share an input. Parts of the same structure
+(the layers of a model) have the same `key` and are compiled once. Nothing is computed here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.core import kept
+from jquant.trace import compat, interpreter, view
+from jquant.trace.execute import ExecuteReader
+from jquant.trace.function import Traced
+from jquant.trace.observe import Member, Observed, ObserveReader
+from jquant.trace.sites import input_key
+from jquant.trace.uses import Use, find_use
+from jquant.trace.view import Ref
+
+
+class Sym:
+    """A value of the program; equal only to itself. `static`: depends on neither parameters nor arguments."""
+
+    __slots__ = ("aval", "static", "ndim", "shape", "size")
+
+    def __init__(self, aval: Any, static: bool):
+        self.aval, self.static = aval, static
+        self.shape = tuple(getattr(aval, "shape", ()))
+        self.ndim, self.size = len(self.shape), int(np.prod(self.shape))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Instr:
+    """One instruction.
+
+    Attributes:
+      run: `(operands, frame) -> outputs`; operands are arrays and Refs.
+      eqn: the equation, or None for an instruction of the linearizer's own.
+      key: what it does, hashable; equal instructions have equal keys.
+      args: Syms, Refs of `kept.Later` leaves, or literals' values.
+      outs: Syms.
+    """
+
+    eqn: Any
+    key: Any
+    args: tuple[Any, ...]
+    outs: tuple[Sym, ...]
+    static: bool
+    run: Callable[[list[Any], interpreter.Reader, interpreter.Frame], list[Any]]
+
+
+class Line:
+    """The flat program of one traced call.
+
+    Attributes:
+      instrs: in order.
+      params: for each path the whole leaf, a `kept.Later`.
+      arrays: Syms of the arguments.
+      consts: values of Syms that the jaxpr captured.
+    """
+
+    def __init__(self, traced: Traced):
+        self.instrs: list[Instr] = []
+        self.consts: dict[Sym, Any] = {}
+        self._known: dict[Any, list[Any]] = {}
+        self._alive: list[Any] = []
+        leaves = [compat.abstract(jnp.asarray(v) if isinstance(v, int | float) else v) for v in traced.leaves]
+        self.params = {p: kept.Later(tuple(v.shape), v.dtype) for p, v in zip(traced.paths, leaves, strict=True)}
+        self.arrays = [Sym(compat.abstract(a), False) for a in traced.arrays]
+        refs = [view.new_ref(p, v) for p, v in self.params.items()]
+        self._run(traced.jaxpr, [*refs, *self.arrays])
+
+    def _run(self, jaxpr: compat.Closed, args: Sequence[Any]) -> list[Any]:
+        env: dict[Any, Any] = {v: self._const(c) for v, c in zip(jaxpr.constvars, jaxpr.consts, strict=True)}
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def value(v: Any) -> Any:
+            return v.val if compat.is_literal(v) else env[v]
+
+        for eqn in jaxpr.eqns:
+            outs = self._step(eqn, [value(v) for v in eqn.invars])
+            env.update((v, o) for v, o in zip(eqn.outvars, outs, strict=True) if not compat.is_dropped(v))
+        return [value(v) for v in jaxpr.outvars]
+
+    def _const(self, value: Any) -> Any:
+        if jnp.ndim(value) == 0:
+            return value
+        sym = Sym(compat.abstract(value), True)
+        self.consts[sym] = value
+        return sym
+
+    def _step(self, eqn: compat.JaxprEqn, args: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        if any(map(interpreter.is_ref, args)):
+            if name in interpreter.REARRANGE and interpreter.is_ref(args[0]) and not _has_sym(args[1:]):
+                refs = interpreter.REARRANGE[name](args[0], eqn, args[1:])
+                if refs is not None:
+                    return list(refs)
+            if name in _CALLS:
+                return self._run(compat.sub_jaxprs(eqn)[0], args)
+            if name == "scan" and (outs := self._scan(eqn, args)) is not None:
+                return outs
+        return self._record(eqn, args)
+
+    def _record(self, eqn: compat.JaxprEqn, args: list[Any]) -> list[Any]:
+        key = (eqn.primitive.name, compat.static_key(tuple(sorted(eqn.params.items(), key=lambda kv: kv[0]))))
+        same = (key, *map(id, args)) if eqn.primitive.name in interpreter.SAME_DATA else None
+        if same in self._known:
+            return self._known[same]
+        avals = [v.aval for v in eqn.outvars]
+        outs = self._add(eqn, key, args, avals, lambda a, reader, frame: interpreter.step(eqn, a, reader, frame))
+        if same is not None:
+            self._known[same] = outs
+            self._alive.append(args)
+        return outs
+
+    def _add(self, eqn: Any, key: Any, args: Sequence[Any], avals: Sequence[Any], run: Any) -> list[Any]:
+        static = not eqn_effects(eqn) and all(isinstance(a, Sym) and a.static or not _is_value(a) for a in args)
+        outs = [Sym(aval, static) for aval in avals]
+        self.instrs.append(Instr(eqn, key, tuple(args), tuple(outs), static, run))
+        return list(outs)
+
+    def _scan(self, eqn: Any, args: list[Any]) -> list[Any] | None:
+        """A scan over stacked parameters, one copy of its body for each slice; None for any other scan."""
+        parts = compat.scan_parts(eqn)
+        c, k = parts.num_consts, parts.num_carry
+        consts, carry, xs = args[:c], args[c : c + k], args[c + k :]
+        if not any(map(interpreter.is_ref, xs)) or any(map(interpreter.is_ref, carry)):
+            return None
+        if not all(view.stackable(x) for x in xs if interpreter.is_ref(x)):
+            return None
+        steps = []
+        for i in reversed(range(parts.length)) if parts.reverse else range(parts.length):
+            outs = self._run(parts.body, [*consts, *carry, *[self._row(x, i) for x in xs]])
+            carry = [self._array(o) for o in outs[:k]]
+            steps.append([self._array(o) for o in outs[k:]])
+        if parts.reverse:
+            steps.reverse()
+        return [*carry, *[self._stack(list(column)) for column in zip(*steps, strict=True)]]
+
+    def _row(self, x: Any, i: int) -> Any:
+        if interpreter.is_ref(x):
+            return interpreter.row_of(x, i)
+        aval = jax.ShapeDtypeStruct(x.shape[1:], x.aval.dtype)
+        return self._add(None, ("row", i), [x], [aval], lambda a, *_: [jax.lax.index_in_dim(a[0], i, keepdims=False)])[0]
+
+    def _array(self, x: Any) -> Any:
+        if not interpreter.is_ref(x):
+            return x
+        aval = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return self._add(None, ("array",), [x], [aval], lambda a, *_: [a[0].array()])[0]
+
+    def _stack(self, column: list[Any]) -> Sym:
+        shape = np.shape(column[0]) if not isinstance(column[0], Sym) else column[0].shape
+        dtype = column[0].aval.dtype if isinstance(column[0], Sym) else jnp.result_type(column[0])
+        aval = jax.ShapeDtypeStruct((len(column), *shape), dtype)
+        return self._add(None, ("stack", len(column)), column, [aval], lambda a, *_: [jnp.stack(a)])[0]
+
+
+def eqn_effects(eqn: Any) -> bool:
+    """Whether an equation does more than compute its outputs (debug prints, callbacks)."""
+    return bool(eqn is not None and eqn.effects)
+
+
+_CALLS = frozenset(
+    ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+)
+
+
+def _has_sym(args: Sequence[Any]) -> bool:
+    return any(isinstance(a, Sym) or interpreter.is_ref(a) for a in args)
+
+
+def _is_value(a: Any) -> bool:
+    return isinstance(a, Sym) or interpreter.is_ref(a)
+
+
+class Unit(NamedTuple):
+    """What is solved at once: a leaf, or one slice of a stacked leaf.
+
+    Attributes:
+      path: the leaf.
+      at: `(axis, index)` of the full leaf, for each stacked axis that was walked.
+      cuts: the cuts that take it from the full leaf.
+    """
+
+    path: str
+    at: tuple[tuple[int, int], ...]
+    cuts: tuple[tuple[int, ...], ...]
+
+
+def unit_of(ref: Ref) -> tuple[Unit, tuple[tuple[int, ...], ...]]:
+    """The unit that a Ref of a `kept.Later` belongs to, and the cuts that take the Ref's value from the unit's."""
+    cuts, n = ref.value.cuts, 0
+    # Dropping one index is a slice of size 1 and the removal of its axis.
+    while n + 1 < len(cuts) and len(cuts[n]) == 3 and cuts[n][2] == 1 and len(cuts[n + 1]) == 1:
+        n += 2
+    at = tuple((i.axis, i.at) for i in ref.stack[: n // 2])
+    return Unit(ref.path, at, cuts[:n]), cuts[n:]
+
+
+class Operand(NamedTuple):
+    """A parameter that a part reads: a unit, and the cuts that remain."""
+
+    unit: Unit
+    cuts: tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """One part of the line.
+
+    Attributes:
+      key: equal for parts that run the same program on other values.
+      inputs: Syms that come in: activations of earlier parts, arguments, captured constants.
+      operands: the parameters that it reads.
+      outputs: Syms that later parts need.
+      observed: operand number -> unit, for the wanted uses at its end.
+      run: `(inputs, operand values) -> (outputs, statistics by group)`, to be jitted.
+      members: filled when `run` is traced: for each observed operand, where its statistics are.
+    """
+
+    key: Any
+    inputs: tuple[Sym, ...]
+    operands: tuple[Operand, ...]
+    outputs: tuple[Sym, ...]
+    observed: dict[int, Unit]
+    run: Callable[..., Any]
+    members: dict[int, dict[Member, None]]
+
+
+class _Group(NamedTuple):
+    position: int
+    instrs: tuple[int, ...]
+    wanted: tuple[str, ...]
+
+
+def _groups(line: Line, wanted: set[str]) -> list[_Group]:
+    """Instructions that read wanted leaves; those that share their input are one group, at the place of its first."""
+    found: dict[Any, list[int]] = {}
+    paths: dict[Any, list[str]] = {}
+    for i, instr in enumerate(line.instrs):
+        mine = [a.path for a in instr.args if interpreter.is_ref(a) and a.path in wanted]
+        if not mine or instr.eqn is None:
+            continue
+        use = find_use(instr.eqn, list(instr.args))
+        if use is None and instr.eqn.primitive.name not in interpreter.ENTER:
+            continue
+        if use is not None and use.kind == "lookup":
+            continue
+        key = (i,) if use is None else _input(use)
+        found.setdefault(key, []).append(i)
+        paths.setdefault(key, []).extend(mine)
+    groups = [_Group(min(v), tuple(v), tuple(paths[k])) for k, v in found.items()]
+    return sorted(groups, key=lambda g: g.position)
+
+
+def _input(use: Use) -> tuple[Any, ...]:
+    # The layer that a weight belongs to says nothing about its input.
+    kind, x, extra, _ = input_key(use)
+    return (kind, x, extra)
+
+
+def plan(line: Line, wanted: set[str], gram: bool) -> list[Part]:
+    """Cuts the line in front of every group of uses of the wanted leaves.
+
+    The parts together run what the inputs of those uses need, once, and nothing behind the last.
+    """
+    groups = _groups(line, wanted)
+    needed = _needed(line, groups)
+    ends = [g.position for g in groups]
+    parts, start = [], 0
+    for group, end in zip(groups, ends, strict=True):
+        parts.append(_part(line, start, end, group, groups, needed, gram))
+        start = end
+    return parts
+
+
+def _syms(args: Iterable[Any]) -> list[Sym]:
+    return [a for a in args if isinstance(a, Sym)]
+
+
+def _producers(line: Line) -> dict[Sym, int]:
+    return {o: i for i, instr in enumerate(line.instrs) for o in instr.outs}
+
+
+def _closure(line: Line, producers: dict[Sym, int], roots: Iterable[Sym], keep: Callable[[int], bool]) -> set[int]:
+    """The instructions that `roots` depend on, through instructions for which `keep` holds."""
+    found: set[int] = set()
+    stack = [producers[s] for s in roots if s in producers]
+    while stack:
+        i = stack.pop()
+        if i in found or not keep(i):
+            continue
+        found.add(i)
+        stack.extend(producers[s] for s in _syms(line.instrs[i].args) if s in producers)
+    return found
+
+
+def _needed(line: Line, groups: list[_Group]) -> set[int]:
+    roots = [s for g in groups for i in g.instrs for s in _syms(line.instrs[i].args)]
+    return _closure(line, _producers(line), roots, lambda i: True)
+
+
+def _part(
+    line: Line, start: int, end: int, group: _Group, groups: list[_Group], needed: set[int], gram: bool
+) -> Part:  # fmt: skip
+    producers = _producers(line)
+    body = [i for i in range(start, end) if i in needed and not line.instrs[i].static]
+    made = {o for i in body for o in line.instrs[i].outs}
+    ends = [s for i in group.instrs for s in _syms(line.instrs[i].args)]
+    later = _later_needs(line, end, groups, needed, producers)
+    # The observed instructions' operands that this part does not make itself come in like any other.
+    wants = [*[s for i in body for s in _syms(line.instrs[i].args)], *ends]
+    static = _closure(line, producers, [s for s in wants if s.static], lambda i: line.instrs[i].static)
+    order = [*sorted(static), *body]
+    made |= {o for i in static for o in line.instrs[i].outs}
+    outputs = [o for i in body for o in line.instrs[i].outs if o in later]
+    numbering = _Numbering()
+    program = [_Numbered(line.instrs[i], numbering.operands(line.instrs[i].args), numbering.outs(line.instrs[i].outs)) for i in order]
+    tail = [_Numbered(line.instrs[i], numbering.operands(line.instrs[i].args), ()) for i in group.instrs]
+    inputs = tuple(s for s in numbering.numbers if s not in made)
+    outs = tuple(sorted(outputs, key=lambda s: numbering.numbers[s]))
+    key = (
+        tuple((p.instr.key, p.args, p.outs) for p in program), tuple((p.instr.key, p.args) for p in tail),
+        tuple(numbering.numbers[s] for s in inputs), tuple(numbering.numbers[s] for s in outs), gram,
+        tuple((s.shape, str(s.aval.dtype)) for s in inputs),
+    )  # fmt: skip
+    observed = {
+        numbering.refs.index(unit_of(a)): unit_of(a)[0]
+        for i in group.instrs
+        for a in line.instrs[i].args
+        if interpreter.is_ref(a) and a.path in group.wanted
+    }
+    members: dict[int, dict[Member, None]] = {}
+    run = _runner(program, tail, numbering, inputs, outs, set(observed), gram, members)
+    operands = tuple(Operand(unit, cuts) for unit, cuts in numbering.refs)
+    return Part(key, inputs, operands, outs, observed, run, members)
+
+
+def _later_needs(line: Line, end: int, groups: list[_Group], needed: set[int], producers: dict[Sym, int]) -> set[Sym]:
+    """Values that instructions from `end` on read, directly or as observed operands of a later group."""
+    later = {s for i in range(end, len(line.instrs)) if i in needed for s in _syms(line.instrs[i].args)}
+    return later | {s for g in groups if g.position > end for i in g.instrs for s in _syms(line.instrs[i].args)}
+
+
+class _Numbered(NamedTuple):
+    instr: Instr
+    args: tuple[Any, ...]
+    outs: tuple[int, ...]
+
+
+class _Numbering:
+    """Names that are equal in parts of equal structure: Syms and operands by the order in which they are met."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[Sym, int] = {}
+        self.refs: list[tuple[Unit, Any]] = []
+
+    def sym(self, s: Sym) -> int:
+        return self.numbers.setdefault(s, len(self.numbers))
+
+    def outs(self, outs: Sequence[Sym]) -> tuple[int, ...]:
+        return tuple(self.sym(s) for s in outs)
+
+    def operands(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(self._operand(a) for a in args)
+
+    def _operand(self, a: Any) -> Any:
+        if isinstance(a, Sym):
+            return ("sym", self.sym(a))
+        if interpreter.is_ref(a):
+            unit = unit_of(a)
+            if unit not in self.refs:
+                self.refs.append(unit)
+            return ("ref", self.refs.index(unit), a.dims, a.casts, a.sliced, a.value.shape, str(a.value.dtype))
+        return ("value", compat.static_key(np.asarray(a)), str(jnp.result_type(a)))
+
+
+def _runner(
+    program: list[_Numbered], tail: list[_Numbered], numbering: _Numbering, inputs: Sequence[Sym], outs: Sequence[Sym],
+    observed: set[int], gram: bool, members: dict[int, dict[Member, None]],
+) -> Callable[..., Any]:  # fmt: skip
+    ins, results = [numbering.numbers[s] for s in inputs], [numbering.numbers[s] for s in outs]
+
+    def run(inputs: Sequence[Any], operands: Sequence[Any]) -> tuple[list[Any], dict[int, Observed]]:
+        env = dict(zip(ins, inputs, strict=True))
+        frame, execute = interpreter.Frame(), ExecuteReader()
+        observe = ObserveReader({str(i) for i in observed}, gram)
+
+        def value(a: Any, original: Any) -> Any:
+            if a[0] == "sym":
+                return env[a[1]]
+            if a[0] == "ref":
+                return Ref(operands[a[1]], None, str(a[1]), *a[2:5])
+            return original
+
+        for instr, args, out_numbers in program:
+            values = [value(a, o) for a, o in zip(args, instr.args, strict=True)]
+            env.update(zip(out_numbers, instr.run(values, execute, frame), strict=True))
+        for instr, args, _ in tail:
+            instr.run([value(a, o) for a, o in zip(args, instr.args, strict=True)], observe, frame)
+        members.update({int(p): m for p, m in observe.members.items()})
+        arrays = [v.array() if interpreter.is_ref(v) else v for v in (env[i] for i in results)]
+        return arrays, observe.collect(frame)
+
+    return run
