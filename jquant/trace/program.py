@@ -219,7 +219,8 @@ class Part:
       key: equal for parts that run the same program on other values.
       inputs: Syms that come in: activations of earlier parts, arguments, captured constants.
       operands: the parameters that it reads.
-      outputs: Syms that later parts need.
+      outputs: Syms that later parts need and this one makes.
+      later: all Syms that later parts need.
       observed: operand number -> unit, for the wanted uses at its end.
       run: `(inputs, operand values) -> (outputs, statistics by group)`, to be jitted.
       members: filled when `run` is traced: for each observed operand, where its statistics are.
@@ -229,6 +230,7 @@ class Part:
     inputs: tuple[Sym, ...]
     operands: tuple[Operand, ...]
     outputs: tuple[Sym, ...]
+    later: frozenset[Sym]
     observed: dict[int, Unit]
     run: Callable[..., Any]
     members: dict[int, dict[Member, None]]
@@ -253,7 +255,7 @@ def _groups(line: Line, wanted: set[str]) -> list[_Group]:
             continue
         if use is not None and use.kind == "lookup":
             continue
-        key = (i,) if use is None else _input(use)
+        key = (i,) if use is None else (*_input(use), *map(id, _syms(instr.args)))
         found.setdefault(key, []).append(i)
         paths.setdefault(key, []).extend(mine)
     groups = [_Group(min(v), tuple(v), tuple(paths[k])) for k, v in found.items()]
@@ -340,7 +342,7 @@ def _part(
     members: dict[int, dict[Member, None]] = {}
     run = _runner(program, tail, numbering, inputs, outs, set(observed), gram, members)
     operands = tuple(Operand(unit, cuts) for unit, cuts in numbering.refs)
-    return Part(key, inputs, operands, outs, observed, run, members)
+    return Part(key, inputs, operands, outs, frozenset(later), observed, run, members)
 
 
 def _later_needs(line: Line, end: int, groups: list[_Group], needed: set[int], producers: dict[Sym, int]) -> set[Sym]:

@@ -1,0 +1,373 @@
+"""`quantize`: a recipe and a method turn a float tree into a quantized one."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jquant.core.errors import JQuantError, JQuantWarning, NonFiniteError, RecipeError
+from jquant.core.formats import BlockParams, Format
+from jquant.core.method import Method, Rounding
+from jquant.core.paths import flatten_with_paths
+from jquant.core.qtensor import QTensor, from_codes, is_qtensor, to_rows
+from jquant.core.recipe import Recipe, as_recipe
+from jquant.core.stats import Stats
+from jquant.resume import Store, fingerprint
+from jquant.solvers.rtn import rtn
+from jquant.trace.function import call_args
+from jquant.trace.observe import Observed, gather_stats
+from jquant.trace.program import Unit
+from jquant.trace.sites import Site, Sites, find_sites
+from jquant.walk import Job, Walk, unit_name
+
+
+class Target(NamedTuple):
+    """A leaf to be quantized. Axes are negative.
+
+    Attributes:
+      path, format: which, and how it is stored.
+      contracted: the axes that its matmuls contract.
+      batch: the axes that are solved apart: experts, stacked layers.
+      observable: some matmul reads it (a table that is only looked up meets no activations).
+    """
+
+    path: str
+    format: Format
+    contracted: tuple[int, ...]
+    batch: tuple[int, ...]
+    observable: bool
+
+
+def quantize(
+    apply: Callable[..., Any],
+    params: Any,
+    recipe: Recipe | Mapping[str, Format | None] | Format,
+    method: Method | None = None,
+    batches: Iterable[Any] = (),
+    *,
+    resume: Any = None,
+) -> Any:
+    """Quantizes the leaves of `params` that the recipe names and a matmul or lookup of `apply` reads.
+
+    A method that needs data walks the model: each weight is solved on the inputs that the already quantized part of the
+    model produces for it. A leaf that is read twice is solved when the last of its reads has been observed, and stays in
+    float for the reads before that. A leaf that is only looked up is rounded to nearest. On a terminal a line shows the
+    progress.
+
+    Args:
+      apply: `apply(params, *args)`, pure.
+      params: a pytree of arrays. Leaves that are QTensors already stay as they are.
+      recipe: what: a Recipe, a mapping from patterns to formats, or one Format for all.
+      method: how: `rtn()` (the default), `gptq()`, or a `chain` of several.
+      batches: calibration data: what `apply` takes after the parameters, arrays or tuples or dicts of arguments. Methods
+        without data need one for its shapes (`jax.ShapeDtypeStruct`s do).
+      resume: a folder in which the work is kept; a second call with the same arguments goes on where the first was
+        stopped, and ends in the same bits.
+
+    Returns:
+      A tree of the structure of `params` with `QTensor` leaves.
+
+    Raises:
+      RecipeError: a pattern matches nothing that can be quantized.
+      NonFiniteError: a weight or an activation is NaN or infinite.
+      CheckpointError: `resume` holds other work.
+      JQuantError: no batches.
+    """
+    method, recipe, batches = method or rtn(), as_recipe(recipe), list(batches)
+    if not batches:
+        raise JQuantError("quantize: give at least one batch in `batches`; without data, one with the shapes is enough")
+    args, kwargs = call_args(batches[0])
+    targets = plan_targets(find_sites(apply, params, *args, **kwargs), params, recipe)
+    flat, treedef = flatten_with_paths(params)
+    _check_weights({p: v for p, v in flat if p in targets})
+    if method.needs:
+        solved = _walk(apply, params, targets, method, batches, recipe, resume)
+    else:
+        solved = {p: _solve_whole(v, targets[p], method) for p, v in flat if p in targets}
+    return treedef.unflatten([solved.get(p, v) for p, v in flat])
+
+
+# --- what is to be quantized ---
+
+
+def plan_targets(sites: Sites, params: Any, recipe: Recipe) -> dict[str, Target]:
+    """The leaves that the recipe quantizes, by path.
+
+    Raises:
+      RecipeError: a pattern decides nothing, or gives a format to leaves that no matmul and no lookup reads.
+    """
+    flat, _ = flatten_with_paths(params)
+    recipe.check([p for p, _ in flat])
+    by_path = sites.by_path()
+    targets, unread = {}, []
+    for path, leaf in flat:
+        fmt = recipe(path)
+        if fmt is None or is_qtensor(leaf):
+            continue
+        target = _target(path, leaf, fmt, by_path.get(path, []))
+        if target is not None:
+            targets[path] = target
+        elif jnp.ndim(leaf) >= 2:
+            unread.append(path)
+    _check_rules(recipe, [p for p, _ in flat], targets)
+    if unread:
+        some = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+        warnings.warn(
+            f"{len(unread)} leaves that the recipe names stay in float, since no matmul or lookup reads them whole: {some}. "
+            "find_sites says what reads them",
+            JQuantWarning, stacklevel=3,
+        )  # fmt: skip
+    return targets
+
+
+def _check_rules(recipe: Recipe, paths: list[str], targets: dict[str, Target]) -> None:
+    used = {rule[0] for p in targets if (rule := recipe.rule(p))}
+    for pattern, fmt in recipe.rules:
+        if fmt is not None and pattern not in used:
+            example = next(p for p in paths if (r := recipe.rule(p)) and r[0] == pattern)
+            raise RecipeError(
+                f"Recipe: {pattern!r} gives {fmt} to leaves that no matmul and no lookup reads, such as {example}; "
+                "see find_sites for those that can be quantized"
+            )
+
+
+def _target(path: str, leaf: Any, fmt: Format, sites: list[Site]) -> Target | None:
+    usable = [s for s in sites if s.quantizable]
+    if not usable or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        return None
+    if math.prod(jnp.shape(leaf)) == 0:
+        warnings.warn(f"{path}: empty ({jnp.shape(leaf)}), kept as it is", JQuantWarning, stacklevel=4)
+        return None
+    products = [s for s in usable if s.kind != "lookup"]
+    main = (products or usable)[0]
+    batch = {a for s in (products or usable) if s.contracted == main.contracted for a in s.batch}
+    return Target(path, fmt, main.contracted, tuple(sorted(batch)), bool(products))
+
+
+def _check_weights(leaves: dict[str, Any]) -> None:
+    for path, leaf in leaves.items():
+        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        if bad:
+            raise NonFiniteError(f"{path}: {bad} of {leaf.size} weights are NaN or infinite; nothing was quantized")
+
+
+# --- one weight ---
+
+
+def _unit_axes(axes: tuple[int, ...], at: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """Axes of the full leaf as a unit names them, without those that were walked."""
+    gone = {axis for axis, _ in at}
+    return tuple(-sum(b not in gone for b in range(a, 0)) for a in axes if a not in gone)
+
+
+class _Problem(NamedTuple):
+    """A unit in the solvers' terms: `rows` `[batch, m, n]`, and how to bring the answer back."""
+
+    rows: jax.Array
+    contracted: tuple[int, ...]
+    batch_positions: tuple[int, ...]
+    kept_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def _problem(w: jax.Array, contracted: tuple[int, ...], batch: tuple[int, ...]) -> _Problem:
+    rows = to_rows(w, contracted)
+    kept = [a for a in range(-w.ndim, 0) if a not in contracted]
+    first = tuple(kept.index(a) for a in batch)
+    kept_shape = rows.shape[:-1]
+    rows = jnp.moveaxis(rows, first, range(len(first)))
+    size = math.prod(kept_shape[i] for i in first)
+    rows = rows.reshape(size, -1, rows.shape[-1])
+    return _Problem(rows, contracted, first, kept_shape, w.shape, w.dtype)
+
+
+def _bring_back(problem: _Problem, a: jax.Array) -> jax.Array:
+    """`[batch, m or 1, x]` -> `[*kept, x]`."""
+    first = problem.batch_positions
+    rest = [i for i in range(len(problem.kept_shape)) if i not in first]
+    sizes = [problem.kept_shape[i] for i in first] + [problem.kept_shape[i] if a.shape[1] != 1 else 1 for i in rest]
+    return jnp.moveaxis(a.reshape(*sizes, a.shape[-1]), range(len(first)), first)
+
+
+def _finish(problem: _Problem, done: Rounding, fmt: Format) -> QTensor:
+    assert done.params is not None and done.codes is not None
+    params = BlockParams(*(None if a is None else _bring_back(problem, a) for a in done.params))
+    return from_codes(
+        _bring_back(problem, done.codes), params, fmt, problem.contracted, problem.shape, problem.dtype
+    )  # fmt: skip
+
+
+_compiled: Any = jax.jit(lambda solve, rows, stats, fmt: solve(Rounding(rows), stats, fmt), static_argnums=(0, 3))
+
+
+def _run_solver(method: Method, rows: jax.Array, stats: Stats | None, fmt: Format) -> Rounding:
+    if method.solve is None:
+        raise JQuantError(f"quantize: {method.name} chooses no codes; chain it with rtn() or gptq()")
+    done = _compiled(method.solve, rows, stats, fmt)
+    if done.codes is None:
+        raise JQuantError(f"quantize: {method.name} chooses no codes; chain it with rtn() or gptq()")
+    return done
+
+
+def _solve_whole(w: Any, target: Target, method: Method) -> QTensor:
+    """A leaf without statistics."""
+    problem = _problem(jnp.asarray(w), target.contracted, target.batch)
+    done = _run_solver(method, problem.rows, None, target.format)
+    _warn(target.path, done)
+    return _finish(problem, done, target.format)
+
+
+# What a solver notes, in words; notes that are not here are no reason to warn.
+_NOTES = {
+    "dead_channels": "{:.0f} input channels are zero in all calibration data; their weights are rounded to nearest",
+    "no_tokens": "no calibration token reached {:.0f} of its matrices (experts, layers); those are rounded to nearest",
+    "damping_added": "its Gram matrix is singular; damping was raised by {:.3g} of its mean diagonal",
+}
+
+
+def _warn(name: str, done: Rounding) -> None:
+    for note, text in _NOTES.items():
+        total = float(jnp.sum(done.notes[note])) if note in done.notes else 0.0
+        if total:
+            warnings.warn(f"{name}: {text.format(total)}", JQuantWarning, stacklevel=2)
+
+
+# --- the walk ---
+
+
+def _walk(
+    apply: Any, params: Any, targets: dict[str, Target], method: Method, batches: list[Any], recipe: Recipe, resume: Any
+) -> dict[str, QTensor]:
+    wanted = {p for p, t in targets.items() if t.observable}
+    walk = Walk(apply, params, batches, wanted, "gram" in method.needs)
+    solver = _Solver(walk, targets, method)
+    store, start, solved = None, 0, {}
+    if resume is not None:
+        names = (repr(recipe), method.name, jax.__version__)
+        store = Store(resume, fingerprint(list(walk.leaves), list(walk.leaves.values()), batches, *names))
+        if (state := store.state(len(batches))) is not None:
+            start, values = state
+            walk.restore(start, values)
+            done = {u for stop in walk.stops[:start] for u in stop}
+            solved = {u: q for u, q in store.units().items() if u in done}
+
+    def after(stop: int, new: dict[Unit, QTensor]) -> None:
+        if store is not None:
+            store.save(stop, new, walk.live_values, stop + 1 == len(walk))
+
+    units = walk.run(solver, start, solved, after)
+    return {p: _assemble(p, t, walk, units) for p, t in targets.items()}
+
+
+class _Solver:
+    """Solves the jobs of a stop; keeps the statistics of units that a later stop observes again."""
+
+    def __init__(self, walk: Walk, targets: dict[str, Target], method: Method):
+        self.walk, self.targets, self.method = walk, targets, method
+        self.waiting: dict[Unit, Observed] = {}
+
+    def __call__(self, jobs: list[Job], seen: dict[int, Observed]) -> dict[Unit, QTensor]:
+        ready: dict[Any, list[Unit]] = {}
+        stats: dict[Any, Observed] = {}
+        shared: dict[Any, Observed] = {}
+        for job in jobs:
+            mine = self._statistics(job, seen, shared)
+            if not job.last:
+                if mine is not None:
+                    self.waiting[job.unit] = mine
+                continue
+            key = self._key(job.unit, mine)
+            ready.setdefault(key, []).append(job.unit)
+            if mine is not None:
+                stats[key] = mine
+        out: dict[Unit, QTensor] = {}
+        for key, units in ready.items():
+            out.update(self._solve(units, stats.get(key)))
+        return out
+
+    def _statistics(self, job: Job, seen: dict[int, Observed], shared: dict[Any, Observed]) -> Observed | None:
+        target, unit = self.targets[job.unit.path], job.unit
+        contracted = _unit_axes(target.contracted, unit.at)
+        members = {m: None for m in job.members if m.contracted == contracted}
+        before = self.waiting.pop(unit, None)
+        if not members:
+            return before
+        shape = jnp.shape(self.walk.unit_value(unit))
+        lead = _unit_axes(target.batch, unit.at)
+        if any(tuple(sorted((*m.axes, *(a for a, _ in m.at)))) != lead for m in members):
+            warnings.warn(
+                f"{unit_name(unit)}: its uses share their axes with their inputs in different ways; its statistics are "
+                "left out and it is rounded without data", JQuantWarning, stacklevel=2,
+            )  # fmt: skip
+            return before
+        key = (tuple((m.group, m.axes, m.at) for m in members), shape if any(m.at for m in members) else ())
+        if key not in shared:
+            shared[key] = gather_stats(members, seen, shape)
+        return shared[key] if before is None else before.merge(shared[key])
+
+    def _key(self, unit: Unit, stats: Observed | None) -> Any:
+        """Units that can be solved as the rows of one matrix: the same statistics, the same format."""
+        fmt = self.targets[unit.path].format
+        alone = stats is None or fmt.block == "tensor"
+        return (id(stats), fmt, unit if alone else None)
+
+    def _solve(self, units: list[Unit], seen: Observed | None) -> dict[Unit, QTensor]:
+        target = self.targets[units[0].path]
+        problems = [self._unit_problem(u) for u in units]
+        rows = jnp.concatenate([p.rows.astype(jnp.float32) for p in problems], axis=1)
+        name = unit_name(units[0]) + (f" and {len(units) - 1} more" if len(units) > 1 else "")
+        stats = None if seen is None else _flat_stats(seen.stats, rows.shape[0])
+        if stats is None:
+            warnings.warn(f"{name}: no activations reach it; rounded to nearest", JQuantWarning, stacklevel=2)
+        done = _run_solver(self.method if stats is not None else rtn(), rows, stats, target.format)
+        _warn(name, done)
+        out, start = {}, 0
+        for unit, problem in zip(units, problems, strict=True):
+            stop = start + problem.rows.shape[1]
+            out[unit] = _finish(problem, _rows_of(done, start, stop, len(units) > 1), target.format)
+            start = stop
+        return out
+
+    def _unit_problem(self, unit: Unit) -> _Problem:
+        target = self.targets[unit.path]
+        axes = _unit_axes(target.contracted, unit.at), _unit_axes(target.batch, unit.at)
+        return _problem(jnp.asarray(self.walk.unit_value(unit)), *axes)
+
+
+def _rows_of(done: Rounding, start: int, stop: int, shared: bool) -> Rounding:
+    return jax.tree.map(lambda a: a[:, start:stop], done._replace(notes={})) if shared else done
+
+
+def _flat_stats(stats: Stats, batch: int) -> Stats:
+    """Statistics with one leading batch axis."""
+    return Stats(*(None if a is None else a.reshape(batch, *a.shape[a.ndim - k :]) for a, k in zip(stats, (2, 1, 1, 0), strict=True)))
+
+
+def _assemble(path: str, target: Target, walk: Walk, units: dict[Unit, QTensor]) -> QTensor:
+    """The leaf's QTensor from its units: one, or the slices of a stack. What no stop observed is rounded to nearest."""
+    mine = {u: q for u, q in units.items() if u.path == path}
+    if list(mine) == [Unit(path, (), ())]:
+        return next(iter(mine.values()))
+    leaf = jnp.asarray(walk.leaves[path])
+    if not mine:
+        if target.observable:
+            warnings.warn(f"{path}: no activations reach it; rounded to nearest", JQuantWarning, stacklevel=2)
+        return _solve_whole(leaf, target, rtn())
+    base = _solve_whole(leaf, target, rtn())
+    for unit, q in mine.items():
+        base = _put(base, unit, q)
+    return base
+
+
+def _put(whole: QTensor, unit: Unit, q: QTensor) -> QTensor:
+    """Writes a unit's arrays at its place in those of the full leaf."""
+    kept = whole.kept
+    where: list[Any] = [slice(None)] * len(kept)
+    for axis, i in unit.at:
+        where[kept.index(axis)] = i
+    return jax.tree.map(lambda a, b: a.at[tuple(where)].set(b), whole, q.replace(contracted=whole.contracted))
+

@@ -1,0 +1,183 @@
+"""The sequential walk: every weight is solved on what the already quantized part of the model produces.
+
+The model's line of parts (`trace.program`) is run once. In front of each group of matmuls that share an input the walk
+stops, accumulates that input's statistics over all batches, has the group solved, and goes on with the quantized weights.
+It holds the parameters, the activations that cross the cut, one batch of a part's temporaries and one group's statistics.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jquant.core import kept
+from jquant.core.errors import JQuantError, NonFiniteError
+from jquant.progress import Progress
+from jquant.trace.function import Traced, call_args, trace_call
+from jquant.trace.observe import Member, Observed
+from jquant.trace.program import Line, Operand, Part, Sym, Unit, plan
+
+
+class Job(NamedTuple):
+    """A unit to be solved at a stop of the walk.
+
+    Attributes:
+      unit: what.
+      members: where its statistics are in `seen`.
+      last: no later stop observes it.
+    """
+
+    unit: Unit
+    members: dict[Member, None]
+    last: bool
+
+
+Solve = Callable[[list[Job], dict[int, Observed]], dict[Unit, Any]]
+
+
+class _Batch:
+    """One batch on its way through the model: the plan for its shape, and the live values."""
+
+    def __init__(self, traced: Traced, line: Line, parts: list[Part]):
+        self.parts = parts
+        self.fixed = {**dict(zip(line.arrays, traced.arrays, strict=True)), **line.consts}
+        self.live: dict[Sym, Any] = {}
+
+    def value(self, s: Sym) -> Any:
+        return self.live[s] if s in self.live else self.fixed[s]
+
+    def advance(self, part: Part, outs: Iterable[Any]) -> None:
+        live = {**self.live, **dict(zip(part.outputs, outs, strict=True))}
+        self.live = {s: v for s, v in live.items() if s in part.later}
+
+
+class Walk:
+    """A model and its batches, ready to be walked.
+
+    Args:
+      apply, params: the function and its float parameters.
+      batches: what `apply` takes after the parameters.
+      wanted: paths of the leaves to be solved.
+      gram: whether the statistics hold Gram matrices.
+
+    Attributes:
+      units: every unit that some stop observes.
+    """
+
+    def __init__(self, apply: Callable[..., Any], params: Any, batches: list[Any], wanted: set[str], gram: bool):
+        self.plans: dict[Any, tuple[Line, list[Part]]] = {}
+        self.batches = [self._prepare(apply, params, b, wanted, gram) for b in batches]
+        first = self.batches[0].parts
+        stops = [set(p.observed.values()) for p in first]
+        if any([set(p.observed.values()) for p in b.parts] != stops for b in self.batches):
+            raise JQuantError("quantize: batches of different shapes run through different matmuls; give one shape")
+        self.stops = stops
+        self.units = set().union(*stops) if stops else set()
+        self.compiled: dict[Any, tuple[Any, Part]] = {}
+
+    def _prepare(self, apply: Any, params: Any, batch: Any, wanted: set[str], gram: bool) -> _Batch:
+        args, kwargs = call_args(batch)
+        traced = trace_call(apply, params, args, kwargs)
+        self.leaves = dict(zip(traced.paths, traced.leaves, strict=True))
+        key = tuple((a.shape, str(a.dtype)) for a in traced.arrays)
+        if key not in self.plans:
+            line = Line(traced)
+            self.plans[key] = (line, plan(line, wanted, gram))
+        return _Batch(traced, *self.plans[key])
+
+    def __len__(self) -> int:
+        return len(self.stops)
+
+    def run(self, solve: Solve, start: int = 0, solved: dict[Unit, Any] | None = None, after: Any = None) -> dict[Unit, Any]:
+        """Walks from stop `start` to the last.
+
+        Args:
+          solve: `(jobs, statistics by group) -> unit -> QTensor`, called at each stop.
+          start, solved: where an interrupted walk goes on, and what it had solved (see `restore`).
+          after: called as `after(stop, newly solved)` behind each stop.
+
+        Returns:
+          unit -> QTensor.
+
+        Raises:
+          NonFiniteError: an input holds NaN or infinity.
+        """
+        done = dict(solved or {})
+        with Progress(len(self) * len(self.batches), "quantizing", "batches") as progress:
+            progress.step(steps=start * len(self.batches))
+            for k in range(start, len(self)):
+                jobs, seen = self._stop(k, done, progress)
+                new = solve(jobs, seen)
+                done.update(new)
+                if after is not None:
+                    after(k, new)
+        return done
+
+    def _stop(self, k: int, done: dict[Unit, Any], progress: Progress) -> tuple[list[Job], dict[int, Observed]]:
+        totals: dict[int, Observed] | None = None
+        values: dict[Operand, Any] = {}
+        name = sorted(u.path for u in self.stops[k])[0]
+        members: dict[Unit, dict[Member, None]] = {}
+        for batch in self.batches:
+            part = batch.parts[k]
+            fn, model = self._compile(part)
+            operands = [self._value(o, done, values) for o in part.operands]
+            outs, seen = fn([batch.value(s) for s in part.inputs], operands)
+            batch.advance(part, outs)
+            totals = seen if totals is None else _merge(totals, seen)
+            jax.block_until_ready(totals)  # one batch's temporaries at a time
+            members = {unit: model.members.get(i, {}) for i, unit in part.observed.items()}
+            progress.step(name)
+        assert totals is not None
+        self._check_finite(members, totals)
+        later = set().union(*self.stops[k + 1 :])
+        return [Job(u, m, u not in later) for u, m in members.items()], totals
+
+    def _compile(self, part: Part) -> tuple[Any, Part]:
+        if part.key not in self.compiled:
+            self.compiled[part.key] = (jax.jit(part.run), part)
+        return self.compiled[part.key]
+
+    def _value(self, operand: Operand, done: dict[Unit, Any], values: dict[Operand, Any]) -> Any:
+        if operand not in values:
+            unit = operand.unit
+            whole = done[unit] if unit in done else self.unit_value(unit)
+            values[operand] = kept.apply_cuts(whole, operand.cuts)
+        return values[operand]
+
+    def unit_value(self, unit: Unit) -> Any:
+        """The float weight of a unit."""
+        return kept.apply_cuts(self.leaves[unit.path], unit.cuts)
+
+    def _check_finite(self, members: dict[Unit, Any], totals: dict[int, Observed]) -> None:
+        for unit, groups in members.items():
+            bad = sum(int(jnp.sum(totals[m.group].nonfinite)) for m in groups)
+            if bad:
+                raise NonFiniteError(
+                    f"{unit_name(unit)}: its input holds {bad} values that are NaN or infinite; look at the batches and at "
+                    "what comes before this leaf (in 16 bits, an overflow). What was solved before it is kept where "
+                    "`resume` is set"
+                )
+
+    def live_values(self) -> list[list[Any]]:
+        """The activations that cross the cut, batch by batch, in the order that `restore` takes."""
+        return [list(b.live.values()) for b in self.batches]
+
+    def restore(self, k: int, values: list[list[Any]]) -> None:
+        """Puts back what `live_values` gave behind stop `k - 1`."""
+        for batch, arrays in zip(self.batches, values, strict=True):
+            live: dict[Sym, Any] = {}
+            for part in batch.parts[:k]:
+                live = {s: None for s in [*live, *part.outputs] if s in part.later}
+            batch.live = dict(zip(live, map(jnp.asarray, arrays), strict=True))
+
+
+@jax.jit
+def _merge(a: dict[int, Observed], b: dict[int, Observed]) -> dict[int, Observed]:
+    return {k: a[k].merge(b[k]) for k in a}
+
+
+def unit_name(unit: Unit) -> str:
+    """`layers/kernel[3]`: the leaf's path, and the slice of a stacked leaf."""
+    return unit.path + "".join(f"[{i}]" for _, i in unit.at)
