@@ -1,11 +1,14 @@
 """How numbers are stored: `Format`, its presets, and the pure functions that encode and decode by it.
 
-Everything here works on rows: arrays `[..., n]` whose last axis is the flattened contracted axes of a weight. A block of
-the format is a run of `block` elements of a row (the last may be shorter), a whole row ("channel"), or everything but
+Everything here works on rows: arrays `[..., n]` whose last axis is the flattened contracted axes of a weight. A block
+of the format is a run of `block` elements of a row (the last may be shorter), a whole row ("channel"), or everything but
 `stacked` leading axes ("tensor"). Arithmetic is in float32:
 
     symmetric, floats, codebooks   value = element(code) * scale
     with a zero point              value = (code - zero_point) * scale
+
+Rounding multiplies by the reciprocal of the scale, and scales by the reciprocal of the top: XLA turns a division by a
+broadcast into that anyway, but in some programs only, and the same weight must get the same bits in all of them.
 """
 
 import dataclasses
@@ -141,8 +144,8 @@ def parse_format(text: str) -> Format:
             scale_dtype = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[word]
         else:
             raise FormatError(
-                f"format {text!r}: {word!r} is not understood; write an element ({', '.join(ELEMENTS)}) and then any of "
-                "-g64 (group size), -tensor, -asym, -f32/-bf16/-f16 (dtype of the scales), as in int4-g64-asym"
+                f"format {text!r}: {word!r} is not understood; write an element ({', '.join(ELEMENTS)}) and then any "
+                "of -g64 (group size), -tensor, -asym, -f32/-bf16/-f16 (dtype of the scales), as in int4-g64-asym"
             )
     return Format(element, block, symmetric, scale_dtype or _default_scale_dtype(block))
 
@@ -181,14 +184,14 @@ class BlockParams(NamedTuple):
 
 
 def to_blocks(rows: jax.Array, fmt: Format) -> jax.Array:
-    """`[..., n]` -> `[..., blocks, block]`, zeros behind the last, shorter group (zeros change no extreme that we take)."""
+    """`[..., n]` -> `[..., blocks, block]`, zeros behind the last, shorter group (they change no extreme that we take)."""
     n = rows.shape[-1]
     if not isinstance(fmt.block, int):
         return rows[..., None, :]
     pad = -n % fmt.block
     if pad:
         rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, pad)])
-    return rows.reshape(*rows.shape[:-1], -1, fmt.block)
+    return rows.reshape(*rows.shape[:-1], rows.shape[-1] // fmt.block, fmt.block)
 
 
 def block_extremes(rows: jax.Array, fmt: Format, stacked: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -207,14 +210,20 @@ def _safe(scale: jax.Array) -> jax.Array:
     return jnp.where(scale == 0, jnp.ones_like(scale), scale)
 
 
+def _cast_scale(scale: jax.Array, fmt: Format) -> jax.Array:
+    # Beyond the largest number of the dtype, that number: an infinite scale would decode a zero code to NaN.
+    largest = jnp.finfo(fmt.scale_dtype).max.astype(jnp.float32)
+    return jnp.where(jnp.isinf(scale), scale, jnp.minimum(scale, largest)).astype(fmt.scale_dtype)
+
+
 def block_params(low: jax.Array, high: jax.Array, fmt: Format) -> BlockParams:
     """Scale and zero point that spread the codes of `fmt` over the range `low <= 0 <= high` of each block."""
     element = ELEMENTS[fmt.element]
     if fmt.symmetric:
         absmax = jnp.maximum(-low, high)
-        return BlockParams((absmax / element.top).astype(fmt.scale_dtype), None)
+        return BlockParams(_cast_scale(absmax * (1 / element.top), fmt), None)
     top = 2**element.bits - 1
-    scale = ((high - low) / top).astype(fmt.scale_dtype)
+    scale = _cast_scale((high * 0.5 - low * 0.5) * (2 / top), fmt)  # halves: high - low may overflow
     zero = jnp.clip(jnp.round(-low / _safe(scale.astype(jnp.float32))), 0, top)
     return BlockParams(scale, zero.astype(jnp.uint8))
 
@@ -251,9 +260,15 @@ def encode_scaled(values: jax.Array, zero: jax.Array | float, fmt: Format) -> ja
     if element.kind == "float":
         q = jnp.clip(values, -element.top, element.top).astype(element.storage)
         return jax.lax.bitcast_convert_type(q, jnp.uint8)
-    table = np.asarray(element.values, np.float32)
-    middle = (table[1:] + table[:-1]) / 2
-    return jnp.sum(values[..., None] > middle, axis=-1, dtype=jnp.uint8)
+    return jnp.sum(values[..., None] > _thresholds(element.values), axis=-1, dtype=jnp.uint8)
+
+
+def _thresholds(values: tuple[float, ...]) -> np.ndarray:
+    """The midpoints of a codebook, rounded down: a float32 is above one of them just when it is above the midpoint."""
+    table = np.asarray(values, np.float32).astype(np.float64)
+    exact = (table[1:] + table[:-1]) / 2
+    near = exact.astype(np.float32)
+    return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
 
 
 def decode_codes(codes: jax.Array, fmt: Format) -> jax.Array:
@@ -272,9 +287,9 @@ def decode_codes(codes: jax.Array, fmt: Format) -> jax.Array:
 def encode(rows: jax.Array, params: BlockParams, fmt: Format) -> jax.Array:
     """Rounds `rows` (`[..., n]`) to codes (uint8 `[..., n]`) under the given scales."""
     n = rows.shape[-1]
-    scale = _safe(spread(params.scale.astype(jnp.float32), fmt, n))
+    inverse = spread(1 / _safe(params.scale.astype(jnp.float32)), fmt, n)
     zero = 0.0 if params.zero_point is None else spread(params.zero_point.astype(jnp.float32), fmt, n)
-    return encode_scaled(rows.astype(jnp.float32) / scale, zero, fmt)
+    return encode_scaled(rows.astype(jnp.float32) * inverse, zero, fmt)
 
 
 def decode(codes: jax.Array, params: BlockParams, fmt: Format) -> jax.Array:

@@ -1,4 +1,4 @@
-"""`Method`: how weights are rounded. A pair of pure functions, composed by `chain`, as optax composes transformations."""
+"""`Method`: how weights are rounded. A pair of pure functions, composed by `chain`, as optax composes."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,9 +1,9 @@
 """Codes <-> bytes: sub-byte codes really packed along the last axis.
 
 A code of b bits is cut into planes whose widths are powers of two: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1, high
-bits first. Each plane is packed on its own, consecutive codes from the low bits of a byte up. So 4-bit codes are exactly
-XLA's own int4 order (a bitcast, not a shuffle), 3-bit codes take 3 bits, every plane is read with a shift and a mask, and
-each plane can be sliced or sharded along any axis.
+bits first. Each plane is packed on its own, consecutive codes from the low bits of a byte up. So 4-bit codes are
+exactly XLA's own int4 order (a bitcast, not a shuffle), 3-bit codes take 3 bits, every plane is read with a shift and a
+mask, and each plane can be sliced or sharded along any axis.
 """
 
 import jax
@@ -35,7 +35,7 @@ def _pack_plane(codes: jax.Array, width: int) -> jax.Array:
     pad = -codes.shape[-1] % per
     if pad:
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, pad)])
-    codes = codes.reshape(*codes.shape[:-1], -1, per)
+    codes = codes.reshape(*codes.shape[:-1], codes.shape[-1] // per, per)
     out = codes[..., 0]
     for i in range(1, per):
         out = out | (codes[..., i] << np.uint8(i * width))
@@ -47,11 +47,11 @@ def _unpack_plane(packed: jax.Array, width: int, count: int) -> jax.Array:
         return packed
     shifts = np.arange(0, 8, width, dtype=np.uint8)
     codes = (packed[..., None] >> shifts) & np.uint8(2**width - 1)
-    return codes.reshape(*packed.shape[:-1], -1)[..., :count]
+    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * len(shifts))[..., :count]
 
 
 def pack(codes: jax.Array, bits: int) -> tuple[jax.Array, ...]:
-    """Packs `codes` (uint8 `[..., n]`, each below `2**bits`) into one uint8 array a plane, `[..., ceil(n * width / 8)]`."""
+    """Packs `codes` (uint8 `[..., n]`, each below `2**bits`) into a uint8 array a plane, `[..., ceil(n * width / 8)]`."""
     planes, left = [], bits
     for width in plane_widths(bits):
         left -= width

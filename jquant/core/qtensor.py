@@ -78,18 +78,26 @@ class QTensor:
         dtypes = [np.dtype(c.dtype) for c in self.codes]
         if any(d != np.uint8 for d in dtypes):
             raise DamagedQTensorError(
-                f"the codes of a QTensor ({self.format}) are {dtypes[0]}, not uint8: a cast was mapped over its arrays. "
-                "Use jax.tree.map(..., is_leaf=jquant.is_qtensor) with QTensor.astype, or cast before quantizing"
+                f"the codes of a QTensor ({self.format}) are {dtypes[0]}, not uint8: a cast was mapped over its "
+                "arrays. Use jax.tree.map(..., is_leaf=jquant.is_qtensor) with QTensor.astype, or cast before quantizing"
+            )
+        if np.dtype(self.scale.dtype) != jnp.dtype(self.format.scale_dtype):
+            raise DamagedQTensorError(
+                f"the scales of a QTensor ({self.format}) are {np.dtype(self.scale.dtype)}, not "
+                f"{self.format.scale_dtype}: a cast was mapped over its arrays. "
+                "Use jax.tree.map(..., is_leaf=jquant.is_qtensor) with QTensor.astype, or choose another scale_dtype"
             )
         n = self.row_length
         want = [-(-n * w // 8) for w in widths]
         have = [c.shape[-1] if c.ndim else -1 for c in self.codes]
         kept = self.codes[0].shape[:-1]
         lead_ok = all(c.shape[:-1] == kept for c in self.codes) and self.scale.ndim == len(kept) + 1
-        if want != have or not lead_ok or self.scale.shape[-1] not in (1, self.format.blocks(n)):
+        lead_ok = lead_ok and all(s in (1, k) for s, k in zip(self.scale.shape, kept))
+        lead_ok = lead_ok and (self.zero_point is None or self.zero_point.shape == self.scale.shape)
+        if want != have or not lead_ok or self.scale.shape[-1] != self.format.blocks(n):
             raise DamagedQTensorError(
-                f"a QTensor ({self.format}) has codes {[c.shape for c in self.codes]} and scale {self.scale.shape}, which "
-                "do not belong together: an array was sliced, mapped or sharded along a packed axis"
+                f"a QTensor ({self.format}) has codes {[c.shape for c in self.codes]} and scale {self.scale.shape}, "
+                "which do not belong together: an array was sliced, mapped or sharded along a packed axis"
             )
         return self
 
@@ -103,7 +111,8 @@ class QTensor:
         """Sizes of the contracted axes, in their order."""
         if not self.contracted:
             return ()
-        return (self.row_length // math.prod(self.inner), *self.inner)
+        inner = math.prod(self.inner)
+        return (self.row_length // inner if inner else 0, *self.inner)
 
     @property
     def ndim(self) -> int:
@@ -154,7 +163,7 @@ class QTensor:
         return decode(self.unpacked(), self.params, self.format)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
-        """The array that it stands for, in its own shape, decoded in float32 and cast to `dtype` (its own by default)."""
+        """The array that it stands for, decoded in float32 and cast to `dtype` (its own by default)."""
         return from_rows(self.rows(), self.contracted, self.contracted_shape).astype(dtype or self.dtype)
 
     def astype(self, dtype: Any) -> "QTensor":
@@ -166,7 +175,9 @@ class QTensor:
 
     def replace(self, **changes: Any) -> "QTensor":
         """A copy with some fields changed."""
-        fields = {k: getattr(self, k) for k in (*_KEYS, "format", "contracted", "inner", "pad")} | {"dtype": self._dtype}
+        fields = {k: getattr(self, k) for k in (*_KEYS, "format", "contracted", "inner", "pad")} | {
+            "dtype": self._dtype
+        }
         return QTensor(**(fields | changes))
 
     def __jax_array__(self) -> jax.Array:
@@ -180,7 +191,9 @@ class QTensor:
     def __repr__(self) -> str:
         try:
             shape = ", ".join(map(str, self.shape))
-            return f"QTensor({self.format}, {self._dtype}[{shape}], contracted={self.contracted}, {self.nbytes:,} bytes)"
+            return (
+                f"QTensor({self.format}, {self._dtype}[{shape}], contracted={self.contracted}, {self.nbytes:,} bytes)"
+            )
         except Exception:  # holding shardings, specs or sentinels instead of arrays
             return f"QTensor({self.format}, contracted={self.contracted}, codes={self.codes}, scale={self.scale})"
 
@@ -220,9 +233,18 @@ def from_codes(
     """Packs codes (uint8 `[*kept, n]`) and block parameters into a QTensor that stands for an array of `shape`."""
     contracted = normalize_axes(contracted, len(shape))
     inner = tuple(shape[a] for a in contracted[1:])
+    if 0 in inner and shape[contracted[0]] != 0:
+        raise FormatError(f"an array of shape {tuple(shape)} without elements along {contracted} can't be quantized")
     pad = -codes.shape[-1] % packing.codes_per_byte(fmt.bits)
     return QTensor(
-        packing.pack(codes, fmt.bits), params.scale, params.zero_point, fmt, contracted, inner, pad, jnp.dtype(dtype).name
+        packing.pack(codes, fmt.bits),
+        params.scale,
+        params.zero_point,
+        fmt,
+        contracted,
+        inner,
+        pad,
+        jnp.dtype(dtype).name,
     )
 
 

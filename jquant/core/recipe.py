@@ -27,8 +27,8 @@ class Recipe:
                 raise RecipeError(f"Recipe: the pattern {pattern!r} must be a string, as in '*attention/q/kernel'")
             if value is not None and not isinstance(value, Format):
                 raise RecipeError(
-                    f"Recipe: {pattern!r} has {value!r}; write a Format (jquant.INT4_G128, jquant.parse_format('int4-g64')) "
-                    "or None to keep floats"
+                    f"Recipe: {pattern!r} has {value!r}; write a Format (jquant.INT4_G128, parse_format('int4-g64')) or "
+                    " None to keep floats"
                 )
         self.rules = tuple(rules.items())
 
@@ -54,7 +54,7 @@ class Recipe:
                 continue
             if any(fnmatch.fnmatchcase(p, pattern) for p in paths):
                 raise RecipeError(
-                    f"Recipe: {pattern!r} decides nothing, earlier patterns match all that it matches; put it before them"
+                    f"Recipe: {pattern!r} decides nothing, earlier patterns match all that it matches; put it first"
                 )
             raise RecipeError(f"Recipe: {pattern!r} matches no parameter. {_suggest(pattern, paths)}")
 
