@@ -1,0 +1,174 @@
+"""GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (arXiv 2210.17323).
+
+The paper's letters: W the weight (a row per output), H = sum of x x^T the Hessian, Q the quantized weight, B the block.
+Here also E = W - Q, and H + damping = U D U^T with U unit upper triangular.
+
+The paper inverts H, takes the Cholesky factor of the inverse, and after each column corrects the columns to its right.
+What it rounds has a closed form, the LDLQ of QuIP (arXiv 2307.13304, theorem 6): the target of column k is
+
+    W_k + sum_{j<k} E_j U_jk
+
+so one factorization of H is enough, nothing is inverted, and a block needs one matmul with the errors before it. The
+objective comes for free: E (H + damping) E^T = sum_k D_k (target_k - Q_k)^2. And where a group starts, the columns g
+that the paper's algorithm would hold by then are W_g + (E_prev U_prev,g) inv(U_gg): scales chosen there need the
+inverse of a small triangle only.
+
+Where the authors' code (github.com/IST-DASLab/gptq) differs from this file:
+- it sets the weights of a dead input channel (H_kk = 0) to zero. They are rounded like any other here: the Hessian is
+  silent about them, and an input that only calibration never saw still finds its weights.
+- its unit of the damping, the mean of the diagonal, counts a dead channel as 1, whatever the scale of H; as 0 here.
+- when a factorization fails, it stops. Here the damping grows tenfold until it succeeds, and `notes` say so.
+- with `act_order` its groups are scattered over memory (g_idx). Groups are static here: contiguous, with scales from W.
+- here a row that round to nearest serves better keeps round to nearest (measured in E H E^T, H without damping).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jquant.core.formats import BlockParams, Format, compute_params, encode
+from jquant.core.method import Method, Rounding
+from jquant.core.stats import Stats
+from jquant.solvers import ldlq
+from jquant.solvers.linalg import HIGHEST, damped_udu
+from jquant.solvers.rtn import search_params, shrink_factors
+
+Notes = dict[str, jax.Array]
+
+
+def gptq(act_order: bool = False, damp: float = 0.01, block_size: int = 128, search: bool = False) -> Method:
+    """Rounds column after column, each time correcting the columns not yet rounded for the error made.
+
+    Args:
+      act_order: visit the columns by descending diag(H); groups are then static, with scales of the original weight.
+        Otherwise columns go left to right, and a group's scales are those of its corrected weights when it starts.
+      damp: added to the diagonal of H, in units of its mean.
+      block_size: the paper's B, columns corrected at once. Changes speed, not results (up to the order of summation).
+      search: clip every block where that lowers its squared error, as `rtn(search=True)` does.
+
+    Works with every `Format`. Scales that an earlier method of a chain has chosen are used as they are. Computes in
+    float32 (float64 if the Gram matrix is). Notes, each `[batch]`: "dead_channels", input channels that calibration saw
+    only zeros at (int32); "no_tokens", whether those are all of them, which is round to nearest (bool);
+    "damping_added", damping needed beyond `damp` for a singular H (float); "rtn_rows", rows that kept round to nearest.
+
+    Raises:
+      ValueError: `damp` or `block_size` is out of range; or, when solving, there is no Gram matrix of the right shape.
+    """
+    if not damp >= 0 or block_size < 1:
+        raise ValueError(f"gptq: needs damp >= 0 and block_size >= 1, got damp={damp}, block_size={block_size}")
+    factors = shrink_factors() if search else (1.0,)
+
+    def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
+        args = (state.rows, _checked_gram(state.rows, stats), state.params)
+        one = partial(_solve_one, fmt=fmt, act_order=act_order, damp=damp, block_size=block_size, factors=factors)
+        # One matrix after the other: a single one keeps the machine busy, and the temporaries of one are enough.
+        codes, params, notes = lax.map(lambda xs: one(*xs), args)
+        return Rounding(state.rows, params, codes, state.notes | notes)
+
+    said = {"act_order": act_order or None, "damp": damp if damp != 0.01 else None, "search": search or None}
+    name = ", ".join(f"{k}={v}" for k, v in said.items() if v is not None)
+    return Method(f"gptq({name})", solve, frozenset({"gram"}))
+
+
+def _checked_gram(rows: jax.Array, stats: Stats | None) -> jax.Array:
+    batch, _, n = rows.shape
+    if stats is None or stats.gram is None:
+        raise ValueError("gptq: needs stats with a Gram matrix; calibrate with needs={'gram'}")
+    if stats.gram.shape != (batch, n, n):
+        raise ValueError(f"gptq: rows {rows.shape} need a Gram matrix {(batch, n, n)}, not {stats.gram.shape}")
+    return stats.gram
+
+
+def _solve_one(
+    rows: jax.Array,
+    gram: jax.Array,
+    params: BlockParams | None,
+    *,
+    fmt: Format,
+    act_order: bool,
+    damp: float,
+    block_size: int,
+    factors: tuple[float, ...],
+) -> tuple[jax.Array, BlockParams, Notes]:
+    """One matrix: rows `[m, n]`, gram `[n, n]`, params `[m, blocks]` -> codes `[m, n]`, params, notes (scalars)."""
+    m, n = rows.shape
+    plain = compute_params(rows, fmt) if params is None else params
+    group = fmt.group_size if params is None and not act_order and fmt.blocks(n) > 1 else None  # dynamic groups
+    given = None
+    if group is None:
+        given = search_params(rows.astype(jnp.float32), fmt, factors) if params is None else params
+
+    h, dead = _hessian(gram)
+    order = jnp.argsort(-jnp.diagonal(h), stable=True) if act_order else jnp.arange(n)
+    if act_order:
+        h, dead = h[order][:, order], dead[order]
+    u, d, damping = damped_udu(h + jnp.diag(dead), damp)
+    columns = ldlq.Columns(
+        w=rows.T.astype(h.dtype)[order] if act_order else rows.T.astype(h.dtype),
+        d=d,
+        added=damping + dead,
+        block=jnp.zeros_like(order) if fmt.group_size is None else order // fmt.group_size,
+    )
+    plan = ldlq.make_plan(n, block_size, group)
+    columns, u = ldlq.pad(columns, u, plan)
+    scales = None if given is None else _scales(given, m, h.dtype)
+    swept = ldlq.sweep(columns, u, scales, partial(_choose, fmt, factors), fmt, plan)
+    codes = swept.codes[:, jnp.argsort(order)] if act_order else swept.codes[:, :n]
+    chosen = given if given is not None else jax.tree.map(lambda x: x[: fmt.blocks(n)].T, swept.params)
+
+    rtn_loss = _rtn_loss(columns, u, _scales(plain, m, h.dtype), swept.loss, fmt, plan)
+    better = rtn_loss < swept.loss
+    if fmt.block == "tensor" and len(factors) > 1:  # one scale for all rows, so all or none
+        better = jnp.full_like(better, rtn_loss.sum() < swept.loss.sum())
+    pick = lambda a, b: jnp.where(better[: a.shape[0], None], a, b)
+    codes, chosen = jax.tree.map(pick, (encode(rows, plain, fmt), plain), (codes, chosen))
+    return codes, chosen, {
+        "dead_channels": jnp.sum(dead > 0, dtype=jnp.int32),
+        "no_tokens": jnp.all(dead > 0),
+        "damping_added": jnp.where(damping > 1.01 * damp, damping - damp, 0).astype(jnp.float32),
+        "rtn_rows": jnp.sum(better, dtype=jnp.int32),
+    }  # fmt: skip
+
+
+def _hessian(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """H with a mean diagonal of 1, `[n, n]`, and 1 where an input channel is dead, else 0, `[n]`; at least float32."""
+    h = gram.astype(jnp.promote_types(gram.dtype, jnp.float32))
+    diagonal = jnp.diagonal(h)
+    mean = jnp.mean(diagonal)
+    return h / jnp.where(mean > 0, mean, 1), (diagonal <= 0).astype(h.dtype)
+
+
+def _scales(params: BlockParams, m: int, dtype: jnp.dtype) -> ldlq.Scales:
+    """`[m, blocks]` (`[1, 1]` for a tensor) -> `[blocks, m]`."""
+    return ldlq.as_scales(jax.tree.map(lambda x: jnp.broadcast_to(x, (m, x.shape[1])).T, params), dtype)
+
+
+def _choose(fmt: Format, factors: tuple[float, ...], group: jax.Array) -> BlockParams:
+    """Scales of a group's corrected weight `[g, m]`, `[1, m]`."""
+    params = search_params(group.T.astype(jnp.float32), fmt.replace(block="channel"), factors)
+    return jax.tree.map(lambda x: x.T, params)
+
+
+def _rtn_loss(
+    columns: ldlq.Columns, u: jax.Array, scales: ldlq.Scales, bar: jax.Array, fmt: Format, plan: ldlq.Plan
+) -> jax.Array:
+    """E H E^T of each row rounded to nearest, `[m]`; or a number between `bar` and it, once all rows are above `bar`.
+
+    The sum over k of D_k (E U)_k^2, less what was added to H: it only grows, and its first terms are the cheapest.
+    """
+    size = plan.sizes[0]
+    scales = jax.tree.map(lambda x: x[columns.block], scales)
+    error = columns.w - ldlq.round_columns(columns.w, scales, fmt)[1]
+
+    def undecided(state):
+        i, total = state
+        return (i * size < plan.padded) & jnp.any(total < bar)
+
+    def add(state):
+        i, total = state
+        d = lax.dynamic_slice_in_dim(columns.d, i * size, size)
+        return i + 1, total + jnp.dot(d, ldlq.feedback(error, u, i, i + 1, size) ** 2, precision=HIGHEST)
+
+    return lax.while_loop(undecided, add, (0, -jnp.dot(columns.added, error**2, precision=HIGHEST)))[1]

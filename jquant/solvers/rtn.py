@@ -1,0 +1,98 @@
+"""Round to nearest, optionally with the clipping of every block chosen by the mean squared error."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jquant.core.formats import BlockParams, Format, block_extremes, block_params, decode, encode, to_blocks
+from jquant.core.method import Method, Rounding
+from jquant.core.stats import Stats
+
+
+def rtn(search: bool = False, *, grid: int = 100, max_shrink: float = 0.6, weighted: bool = False) -> Method:
+    """Rounds every weight to the nearest code. Needs no data unless `weighted`.
+
+    Args:
+      search: try, for each block, scales shrunk by the factors 1, 1 - 1/grid, ... down to 1 - max_shrink, and keep the
+        one with the least squared error; the first of several equal ones. The factor 1 is plain round to nearest, so
+        the error is never larger. The names are those of the search in GPTQ's code (github.com/IST-DASLab/gptq).
+      grid: the factors are `1 / grid` apart.
+      max_shrink: how far to shrink, in [0, 1).
+      weighted: weight the squared error of a channel by the mean square of its input, the diagonal of the Gram matrix.
+
+    Scales that an earlier method of a chain has chosen are used as they are, without a search.
+
+    Raises:
+      ValueError: `grid` or `max_shrink` is out of range; or, when solving, `weighted` without a Gram matrix.
+    """
+    if grid < 1 or not 0 <= max_shrink < 1:
+        raise ValueError(f"rtn: needs grid >= 1 and 0 <= max_shrink < 1, got grid={grid}, max_shrink={max_shrink}")
+    factors = shrink_factors(grid, max_shrink) if search or weighted else (1.0,)
+
+    def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
+        rows = state.rows.astype(jnp.float32)
+        params = state.params
+        if params is None:
+            params = search_params(rows, fmt, factors, _mean_square(stats) if weighted else None, stacked=1)
+        return state._replace(params=params, codes=encode(rows, params, fmt))
+
+    name = f"rtn({'weighted=True' if weighted else 'search=True' if search else ''})"
+    return Method(name, solve, frozenset({"gram"}) if weighted else frozenset())
+
+
+def shrink_factors(grid: int = 100, max_shrink: float = 0.6) -> tuple[float, ...]:
+    """1, 1 - 1/grid, ..., 1 - max_shrink."""
+    return tuple(1 - i / grid for i in range(int(round(max_shrink * grid)) + 1))
+
+
+def search_params(
+    rows: jax.Array,
+    fmt: Format,
+    factors: tuple[float, ...] = (1.0,),
+    weight: jax.Array | None = None,
+    stacked: int = 0,
+) -> BlockParams:
+    """Scales and zero points that make the squared error of each block least, of the ranges shrunk by `factors`.
+
+    Args:
+      rows: float32 `[..., n]`.
+      fmt: the format.
+      factors: tried in this order; of equal ones the first wins.
+      weight: weights of the squared errors, float32, broadcasting against `rows`; None for ones.
+      stacked: for "tensor" blocks, how many leading axes hold separate tensors.
+    """
+    low, high = block_extremes(rows, fmt, stacked)
+    first = block_params(low * factors[0], high * factors[0], fmt)
+    if len(factors) == 1:
+        return first
+    error = partial(_block_error, rows, weight=weight, fmt=fmt, stacked=stacked)
+
+    def attempt(best, factor):
+        params = block_params(low * factor, high * factor, fmt)
+        new = (error(params), params)
+        better = new[0] < best[0]
+        return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
+
+    (_, params), _ = lax.scan(attempt, (error(first), first), jnp.asarray(factors[1:], rows.dtype))
+    return params
+
+
+def _block_error(
+    rows: jax.Array, params: BlockParams, weight: jax.Array | None, fmt: Format, stacked: int
+) -> jax.Array:
+    """Squared error of every block under `params`: the shape of `params.scale`."""
+    error = (rows - decode(encode(rows, params, fmt), params, fmt)) ** 2
+    error = to_blocks(error if weight is None else error * weight, fmt)
+    axes = tuple(range(stacked, error.ndim)) if fmt.block == "tensor" else (-1,)
+    return jnp.sum(error, axis=axes, keepdims=True)[..., 0]
+
+
+def _mean_square(stats: Stats | None) -> jax.Array:
+    """Mean square of every input channel relative to the largest, `[batch, 1, n]`; ones where no token was seen."""
+    if stats is None or stats.gram is None:
+        raise ValueError("rtn(weighted=True): needs stats with a Gram matrix; calibrate with needs={'gram'}")
+    diagonal = jnp.diagonal(stats.gram, axis1=-2, axis2=-1)[:, None].astype(jnp.float32)
+    top = jnp.max(diagonal, axis=-1, keepdims=True)
+    return jnp.where(top > 0, diagonal / jnp.where(top > 0, top, 1), 1)
