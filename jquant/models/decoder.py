@@ -161,13 +161,16 @@ def init(config: Config, key: jax.Array, dtype: Any = "float32") -> Params:
     return nest({path: _init_leaf(path, shape, k, dtype) for (path, shape), k in zip(shapes.items(), keys)})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _init_leaf(path: str, shape: tuple[int, ...], key: jax.Array, dtype: Any) -> jax.Array:
     if path.endswith("scale"):
         return jnp.ones(shape, dtype)
     if path.endswith("bias"):
         return jnp.zeros(shape, dtype)
-    fan_in = shape[-1] if path.endswith("embedding") else shape[0]
+    return _normal(key, shape, shape[-1] if path.endswith("embedding") else shape[0], dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # compiled for each shape, not for each parameter
+def _normal(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: Any) -> jax.Array:
     return (jax.random.normal(key, shape) * fan_in**-0.5).astype(dtype)
 
 

@@ -1,0 +1,154 @@
+"""The decoder equals an independent float64 one, with and without a cache."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jquant.models import Config, ModelError, Rope, build, init, init_cache, param_shapes
+from jquant.models.attention import attend, causal_attention
+from tests.models.cases import BASE, CONFIGS, make_params, make_tokens
+from tests.models.reference import forward
+
+
+def flat(tree):
+    return {"/".join(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_float64_reference(name):
+    config = CONFIGS[name]
+    params, tokens = make_params(config), make_tokens(config, 40)  # past max_position_embeddings: dynamic rope acts
+    logits = jax.jit(build(config))(params, tokens)
+    assert logits.dtype == jnp.float32
+    assert logits.shape == (2, 40, config.vocab_size)
+    expected = forward(config, params, tokens)
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"dynamic"}))
+def test_decoding_with_cache_equals_full_forward(name):
+    config = CONFIGS[name]
+    params, tokens, apply = make_params(config), make_tokens(config, 14), jax.jit(build(config))
+    full = apply(params, tokens)
+    cache = init_cache(config, batch=2, length=17)
+    parts = []
+    for start, end in [(0, 6), (6, 7), (7, 8), (8, 14)]:
+        logits, cache = apply(params, tokens[:, start:end], cache=cache)
+        parts.append(logits)
+    assert int(cache["length"]) == 14
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=2e-5 * float(jnp.abs(full).max()))
+
+
+def test_dynamic_rope_with_cache_equals_full_forward_up_to_the_trained_length():
+    config = CONFIGS["dynamic"]
+    params, tokens, apply = make_params(config), make_tokens(config, 32), jax.jit(build(config))
+    cache = init_cache(config, 2, 40)
+    _, cache = apply(params, tokens[:, :31], cache=cache)
+    last, _ = apply(params, tokens[:, 31:], cache=cache)
+    np.testing.assert_allclose(last[:, 0], apply(params, tokens)[:, -1], atol=1e-4)
+
+
+def test_dynamic_rope_changes_the_base_inside_jit_with_a_traced_length():
+    config = CONFIGS["dynamic"]
+    params, tokens, apply = make_params(config), make_tokens(config, 40), jax.jit(build(config))
+    logits, _ = apply(params, tokens, cache=init_cache(config, 2, 40))
+    np.testing.assert_allclose(logits, apply(params, tokens), atol=1e-4)
+
+
+def test_logits_at_selects_positions():
+    config = CONFIGS["llama"]
+    params, tokens, apply = make_params(config), make_tokens(config, 9), jax.jit(build(config))
+    some = apply(params, tokens, logits_at=jnp.array([2, -1]))
+    np.testing.assert_allclose(some, apply(params, tokens)[:, jnp.array([2, 8])], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("length", [64, 65, 256, 301])
+def test_causal_blocks_equal_one_block(length, window):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, length, 4, 8))
+    k, v = (jax.random.normal(key, (2, 2, length, 8)) for key in keys[1:])
+    mask = jnp.tril(jnp.ones((length, length), bool))
+    mask = mask if window is None else mask & ~jnp.tril(mask, -window)
+    np.testing.assert_allclose(causal_attention(q, k, v, mask), attend(q, k, v, mask), atol=1e-5)
+
+
+def test_a_later_token_changes_no_earlier_logit():
+    config = CONFIGS["qwen2"]
+    params, tokens, apply = make_params(config), make_tokens(config, 20), jax.jit(build(config))
+    other = tokens.copy()
+    other[:, 12] = (other[:, 12] + 1) % config.vocab_size
+    before, after = apply(params, tokens), apply(params, other)
+    np.testing.assert_array_equal(before[:, :12], after[:, :12])
+    assert np.abs(before[:, 12:] - after[:, 12:]).max() > 0.01
+
+
+def test_bfloat16_params_compute_in_bfloat16_and_give_float32_logits():
+    config = CONFIGS["qwen3"]
+    params, tokens = make_params(config), make_tokens(config, 12)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    logits = jax.jit(build(config))(half, tokens)
+    expected = forward(config, half, tokens)
+    assert logits.dtype == jnp.float32
+    assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
+    jaxpr = str(jax.make_jaxpr(build(config))(half, tokens))
+    assert "bf16[2,12,40]" in jaxpr  # the hidden units of the MLP
+
+
+def test_gradients_are_finite_and_reach_every_parameter():
+    config = CONFIGS["llama-tied-all-biases"]
+    params, tokens, apply = make_params(config), make_tokens(config, 12), jax.jit(build(config))
+    grads = flat(jax.jit(jax.grad(lambda p: (apply(p, tokens)[:, -1] ** 2).mean()))(params))
+    norms = {path: float(jnp.linalg.norm(g)) for path, g in grads.items()}
+    assert all(np.isfinite(n) for n in norms.values())
+    # A bias of all keys alike cancels in the softmax only without rope: with it, even k/bias has a gradient.
+    assert not [path for path, n in norms.items() if n == 0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_init_has_the_shapes_that_flax_expects(name):
+    config = CONFIGS[name]
+    ours = {path: x.shape for path, x in flat(init(config, jax.random.key(0))).items()}
+    assert ours == param_shapes(config)
+    jax.eval_shape(build(config), init(config, jax.random.key(0)), make_tokens(config, 3))  # Flax checks each shape it reads
+
+
+def test_paths_are_the_promised_ones():
+    shapes = param_shapes(dataclasses.replace(BASE, qkv_bias=True, qk_norm=True))
+    assert shapes["layers/1/attention/q/kernel"] == (24, 32)
+    assert shapes["layers/1/attention/k/bias"] == (16,)
+    assert shapes["layers/0/attention/q_norm/scale"] == (8,)
+    assert shapes["layers/0/mlp/down/kernel"] == (40, 24)
+    assert {"embed/embedding", "norm/scale", "lm_head/kernel", "layers/1/mlp_norm/scale"} <= shapes.keys()
+    assert "lm_head/kernel" not in param_shapes(CONFIGS["qwen2"])
+
+
+def test_init_dtype_and_seed():
+    params = init(BASE, jax.random.key(0), "bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    a, b, c = (init(BASE, jax.random.key(s))["lm_head"]["kernel"] for s in (0, 0, 1))
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 0.1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_survives_json(name):
+    config = dataclasses.replace(CONFIGS[name], eos_ids=(3, 5), bos_id=1)
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_config_errors():
+    with pytest.raises(ModelError, match="rope type 'longrope'.*supported: default"):
+        Rope(type="longrope")
+    with pytest.raises(ModelError, match="original_max_position_embeddings"):
+        Rope(type="yarn", factor=2.0)
+    with pytest.raises(ModelError, match="freq_factors"):
+        Rope(type="freq_factors")
+    with pytest.raises(ModelError, match="multiple of num_kv_heads 3"):
+        dataclasses.replace(BASE, num_kv_heads=3)
+    with pytest.raises(ModelError, match="unexpected keyword argument 'depth'"):
+        Config.from_dict({**BASE.to_dict(), "depth": 3})
