@@ -11,7 +11,7 @@ from jquant import ops
 from jquant.core import kept
 from jquant.core.qtensor import QTensor, is_qtensor
 from jquant.trace import compat, interpreter, view
-from jquant.trace.function import trace_call
+from jquant.trace.function import split_arrays, trace_call
 from jquant.trace.sites import full_axes
 from jquant.trace.uses import Use
 from jquant.trace.view import Ref
@@ -59,7 +59,7 @@ class ExecuteReader:
         return ref.array()
 
     def _note(self, eqn: Any, ref: Ref, frame: Any, kind: str, fused: bool, how: str) -> None:
-        self.log[(*frame.scope, id(eqn), ref.path)] = Ran(ref.path, kind, fused, how)
+        self.log[(*frame.scope, id(eqn), ref.path, kind)] = Ran(ref.path, kind, fused, how)
 
 
 def _long_axes(axes: Any, shape: tuple[int, ...]) -> set[int]:
@@ -96,11 +96,11 @@ def _free_count(use: Use) -> int:
 def _run_lookup(use: Use) -> tuple[jax.Array, str]:
     eqn, numbers = use.eqn, use.eqn.params["dimension_numbers"]
     indices = use.x[..., 0]
+    indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices  # int8 can't hold every bound
     size = use.ref.value.shape[use.how.axis]
     mode = str(eqn.params["mode"])
     taken = kept.take(use.ref.value, use.how.axis, jnp.clip(indices, 0, size - 1).ravel())
-    rows = _row_view(use).replace(value=taken)
-    rows = jax.vmap(Ref.array)(rows)
+    rows = jax.vmap(Ref.array)(_row_view(use).replace(value=taken))
     rows = rows.reshape(*indices.shape, *rows.shape[1:])
     if "FILL" in mode:
         fill = eqn.params["fill_value"]
@@ -116,7 +116,8 @@ def _row_view(use: Use) -> Ref:
     """The view of one looked-up slice: the leaf's, without the axis that is looked up."""
     ref, axis, dim = use.ref, use.how.axis, use.how.dim
     dims = [d for i, d in enumerate(ref.dims) if i != dim]
-    return ref.replace(dims=tuple(tuple(view.Atom(kept.renamed(a.axis, axis), *a[1:]) for a in d) for d in dims))
+    renamed = tuple(tuple(view.Atom(kept.renamed(a.axis, axis), *a[1:]) for a in d) for d in dims)
+    return ref.replace(position=None, dims=renamed)
 
 
 _RUN: dict[str, Callable[[Use], tuple[jax.Array, str]]] = {"dot": _run_dot, "lookup": _run_lookup}
@@ -124,11 +125,8 @@ _RUN: dict[str, Callable[[Use], tuple[jax.Array, str]]] = {"dot": _run_dot, "loo
 
 def _execute(apply: Callable[..., Any], qparams: Any, args: Any, kwargs: Any, reader: ExecuteReader) -> Any:
     traced = trace_call(apply, qparams, args, kwargs)
-    refs = [
-        view.new_ref(p, v.check()) if is_qtensor(v) else v for p, v in zip(traced.paths, traced.leaves, strict=True)
-    ]
-    outs = interpreter.run(traced.jaxpr, [*refs, *traced.arrays], reader, interpreter.Frame())
-    outs = [o.array() if isinstance(o, Ref) else o for o in outs]
+    refs = [view.new_ref(p, v) if is_qtensor(v) else v for p, v in zip(traced.paths, traced.leaves, strict=True)]
+    outs = interpreter.run_all(traced.jaxpr, [*refs, *traced.arrays], reader, interpreter.Frame())
     return jax.tree.unflatten(traced.out_tree, outs)
 
 
@@ -136,8 +134,8 @@ def quantized(apply: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, taking parameters some of whose leaves are QTensors.
 
     Every matmul and lookup that reads a QTensor runs on its codes; whatever else reads one gets it dequantized there
-    (`explain` lists both). The result equals `apply` on `dequantize(qparams)` up to the order of accumulation. It composes
-    with jit, grad (inputs and float leaves), vmap, scan, remat and shardings. `apply` itself is not changed.
+    (`explain` lists both). The result equals `apply` on `dequantize(qparams)` up to the order of accumulation. It
+    composes with jit, grad (inputs and float leaves), vmap, scan, remat and shardings. `apply` itself is not changed.
 
     Args:
       apply: `apply(params, *args, **kwargs)`, pure.
@@ -147,6 +145,7 @@ def quantized(apply: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises (when called):
       DamagedQTensorError: the codes of a leaf were cast or cut.
+      TraceError: a leaf is neither an array nor a QTensor.
     """
 
     @functools.wraps(apply)
@@ -157,7 +156,13 @@ def quantized(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def explain(apply: Callable[..., Any], qparams: Any, *args: Any, **kwargs: Any) -> list[Ran]:
-    """How each read of a quantized parameter in `apply(qparams, *args, **kwargs)` would run, in order. Nothing is run."""
+    """How each read of a quantized parameter in `apply(qparams, *args, **kwargs)` would run, in order; runs nothing."""
     reader = ExecuteReader()
-    jax.eval_shape(lambda q, a, k: _execute(apply, q, a, k, reader), qparams, args, kwargs)
+    arrays, rebuild = split_arrays((qparams, args, kwargs))
+
+    def run(arrays: list[Any]) -> Any:
+        q, a, k = rebuild(arrays)
+        return _execute(apply, q, a, k, reader)
+
+    jax.eval_shape(run, arrays)
     return list(reader.log.values())

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jquant.core.errors import TraceError
+from jquant.core.errors import DamagedQTensorError, TraceError
 from jquant.core.paths import flatten_with_paths
 from jquant.core.qtensor import is_qtensor
 from jquant.trace import compat
@@ -34,23 +34,42 @@ def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays in a tree, and the function that puts others in their place; what else it holds stays."""
+    flat, treedef = jax.tree.flatten(tree)
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        it = iter(arrays)
+        return jax.tree.unflatten(treedef, [next(it) if is_array(x) else x for x in flat])
+
+    return [x for x in flat if is_array(x)], rebuild
+
+
+def _check(path: str, leaf: Any) -> None:
+    try:
+        leaf.check()
+    except DamagedQTensorError as error:
+        raise DamagedQTensorError(f"{path}: {error}") from None
+
+
 def trace_call(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
     """Traces `apply(params, *args, **kwargs)` at its arguments' shapes. Nothing is run, nothing is patched.
 
     Raises:
       TraceError: a parameter leaf is no array.
+      DamagedQTensorError: the arrays of a leaf are not what its format says.
     """
     flat, treedef = flatten_with_paths(params)
     paths, leaves = [p for p, _ in flat], [v for _, v in flat]
     for path, leaf in flat:
         if not (is_array(leaf) or is_qtensor(leaf) or isinstance(leaf, float | int | complex)):
             raise TraceError(f"{path}: a parameter leaf must be an array or a QTensor, not {type(leaf).__name__}")
-    rest, rest_tree = jax.tree.flatten((tuple(args), kwargs))
-    arrays = [x for x in rest if is_array(x)]
+        if is_qtensor(leaf):
+            _check(path, leaf)
+    arrays, rebuild = split_arrays((tuple(args), kwargs))
 
     def call(leaves: list[Any], arrays: list[Any]) -> Any:
-        it = iter(arrays)
-        args, kwargs = rest_tree.unflatten([next(it) if is_array(x) else x for x in rest])
+        args, kwargs = rebuild(arrays)
         return apply(treedef.unflatten(leaves), *args, **kwargs)
 
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) if is_qtensor(v) else v for v in leaves]

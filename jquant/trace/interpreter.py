@@ -7,8 +7,8 @@ The walk is the same for all readers. An equation without a Ref runs as it is. W
     a sub-jaxpr (jit, scan, cond, while, remat, custom_*)    entered, rebuilt around the same body
     anything else                                            `reader.read`: an array is made, the equation runs on it
 
-Readers may emit values at a use (calibration statistics). They leave sub-jaxprs as extra outputs: stacked by a scan over
-the leaf, summed in the carry of other loops.
+Readers may emit values at a use (calibration statistics). They leave sub-jaxprs as extra outputs: stacked by a scan
+over the leaf, summed in the carry of other loops.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,8 +63,8 @@ class Key(NamedTuple):
 
     Attributes:
       name: the reader's own.
-      stacked_by: the scans (identities of their equations, outermost first) around this place that slice the leaf: their
-        iterations see different weights and are stacked. Every other loop sums.
+      stacked_by: the scans (identities of their equations, outermost first) around this place that slice the leaf:
+        their iterations see different weights and are stacked. Every other loop sums.
     """
 
     name: Any
@@ -112,7 +112,7 @@ def _array(a: Any, eqn: compat.JaxprEqn, reader: Reader, frame: Frame) -> Any:
 
 
 def _plain(eqn: compat.JaxprEqn, args: list[Any], reader: Reader, frame: Frame) -> list[Any]:
-    """An equation that reads no parameter. Rearrangements of one array are made once, so that sites share their input."""
+    """An equation that reads no parameter. A rearrangement of an array is made once, so that sites share inputs."""
     if eqn.primitive.name not in SAME_DATA:
         return compat.bind(eqn, *args)
     key = (eqn.primitive.name, compat.static_key(tuple(sorted(eqn.params.items(), key=lambda kv: kv[0]))))
@@ -166,8 +166,15 @@ def _dynamic_slice(ref: Ref, eqn: Any, starts: Sequence[Any]) -> list[Ref] | Non
     if sum(size != full for size, full in zip(sizes, ref.shape, strict=True)) > 1:
         return None
     room = [full - size for size, full in zip(sizes, ref.shape, strict=True)]
-    clamped = [s if isinstance(s, jax.Array) else min(max(int(s), 0), r) for s, r in zip(starts, room, strict=True)]
-    return _cuts(ref, clamped, sizes)
+    return _cuts(ref, [_clamped(s, r) for s, r in zip(starts, room, strict=True)], sizes)
+
+
+def _clamped(start: Any, top: int) -> Any:
+    """A start as XLA takes it: moved inside bounds, never counted from the end."""
+    if not isinstance(start, jax.Array):
+        return min(max(int(start), 0), top)
+    # int8 can't hold every bound
+    return jnp.clip(start.astype(jnp.int32) if start.dtype.itemsize < 4 else start, 0, top)
 
 
 def _split(ref: Ref, eqn: Any, _: Any) -> list[Ref] | None:
@@ -219,7 +226,8 @@ def _enter_remat(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> lis
     body = compat.closed(eqn.params["jaxpr"])
 
     def fn(args: list[Any]) -> list[Any]:
-        return _arrays(run(body, args, reader, frame.inner(eqn)))
+        inner = frame.inner(eqn)
+        return _arrays(run(body, args, reader, inner), eqn, reader, inner)
 
     policy, cse = eqn.params["policy"], eqn.params["prevent_cse"]
     return jax.checkpoint(fn, policy=policy, prevent_cse=cse)(args)
@@ -234,10 +242,11 @@ def _enter_custom(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> li
     fixed = [i < eqn.params["num_consts"] or is_ref(a) for i, a in enumerate(args)]
 
     def fn(*args: Any) -> list[Any]:
-        return _arrays(run(body, args, reader, frame.inner(eqn)))
+        inner = frame.inner(eqn)
+        return _arrays(run(body, args, reader, inner), eqn, reader, inner)
 
     def original(args: Sequence[Any]) -> tuple[Callable[..., list[Any]], list[Any]]:
-        arrays = _arrays(args)
+        arrays = [a.array() if is_ref(a) else a for a in args]
 
         def call(*free: Any) -> list[Any]:
             it = iter(free)
@@ -275,15 +284,33 @@ def _with_custom_jvp(fn: Any, original: Any, args: list[Any], fixed: list[bool])
 _CUSTOM = {"custom_vjp_call": _with_custom_vjp, "custom_jvp_call": _with_custom_jvp}
 
 
-def _arrays(values: Sequence[Any]) -> list[Any]:
-    """Refs that leave a rebuilt sub-jaxpr become arrays."""
-    return [v.array() if is_ref(v) else v for v in values]
+def _arrays(values: Sequence[Any], eqn: Any, reader: Reader, frame: Frame) -> list[Any]:
+    """Refs that leave a rebuilt sub-jaxpr become arrays; its equation is what reads them."""
+    return [_array(v, eqn, reader, frame) for v in values]
+
+
+class _Name(NamedTuple):
+    name: str
+
+
+class _Return(NamedTuple):
+    """Stands for an equation where a function returns a parameter."""
+
+    primitive: _Name = _Name("return")
+
+
+RETURN = _Return()
+
+
+def run_all(jaxpr: compat.Closed, args: Sequence[Any], reader: Reader, frame: Frame) -> list[Any]:
+    """`run` for a whole function: a parameter that it returns is read there, and arrays come out."""
+    return _arrays(run(jaxpr, args, reader, frame), RETURN, reader, frame)
 
 
 def _enter_scan(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list[Any]:
     parts = compat.scan_parts(eqn)
     c, k = parts.num_consts, parts.num_carry
-    consts, carry, xs = args[:c], _arrays(args[c : c + k]), args[c + k :]
+    consts, carry, xs = args[:c], _arrays(args[c : c + k], eqn, reader, frame), args[c + k :]
     xs = [x if not is_ref(x) or view.stackable(x) else reader.read(x, eqn, frame) for x in xs]
     if reader.unroll and any(map(is_ref, xs)):
         return _unrolled_scan(parts, consts, carry, xs, reader, frame, eqn)
@@ -293,7 +320,7 @@ def _enter_scan(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list
         inner = frame.inner(eqn)
         # A stacked Ref comes out of the scan with the dims of the stack; from_stack gives it those of one slice.
         rows = [view.from_stack(s, o, id(eqn)) if o is not None else s for s, o in zip(sliced, outer, strict=True)]
-        outs = _arrays(run(parts.body, [*consts, *carry, *rows], reader, inner))
+        outs = _arrays(run(parts.body, [*consts, *carry, *rows], reader, inner), eqn, reader, inner)
         stacked = {key for key in inner.emitted if key.stacked_by[-1:] == (id(eqn),)}
         sums = {key: v for key, v in inner.emitted.items() if key not in stacked}
         return outs[:k], outs[k:], sums, {Key(q.name, q.stacked_by[:-1]): inner.emitted[q] for q in stacked}
@@ -350,7 +377,8 @@ def _unrolled_scan(
         rows = [row_of(x, i) if is_ref(x) else jax.lax.index_in_dim(x, i, keepdims=False) for x in xs]
         frame.scope = (*scope, id(eqn), i)
         outs = run(parts.body, [*consts, *carry, *rows], reader, frame)
-        carry, ys = _arrays(outs[: parts.num_carry]), _arrays(outs[parts.num_carry :])
+        outs = _arrays(outs, eqn, reader, frame)
+        carry, ys = outs[: parts.num_carry], outs[parts.num_carry :]
         steps.append(ys)
     frame.scope = scope
     if parts.reverse:
@@ -368,15 +396,17 @@ def row_of(stack: Ref, i: int) -> Ref:
 def _enter_while(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list[Any]:
     p = eqn.params
     nc, nb = p["cond_nconsts"], p["body_nconsts"]
-    cond_consts, body_consts, carry = args[:nc], args[nc : nc + nb], _arrays(args[nc + nb :])
+    cond_consts, body_consts = args[:nc], args[nc : nc + nb]
+    carry = _arrays(args[nc + nb :], eqn, reader, frame)
     cond, body = compat.closed(p["cond_jaxpr"]), compat.closed(p["body_jaxpr"])
 
     def call_body(carry: list[Any]) -> tuple[list[Any], Emissions]:
         inner = frame.inner(eqn)
-        return _arrays(run(body, [*body_consts, *carry], reader, inner)), inner.emitted
+        return _arrays(run(body, [*body_consts, *carry], reader, inner), eqn, reader, inner), inner.emitted
 
     def test(state: tuple[list[Any], Emissions]) -> Any:
-        return _arrays(run(cond, [*cond_consts, *state[0]], reader, frame.inner(eqn, "cond")))[0]
+        inner = frame.inner(eqn, "cond")
+        return _arrays(run(cond, [*cond_consts, *state[0]], reader, inner), eqn, reader, inner)[0]
 
     def step(state: tuple[list[Any], Emissions]) -> tuple[list[Any], Emissions]:
         carry, emitted = call_body(state[0])
@@ -391,10 +421,11 @@ def _enter_while(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> lis
 
 def _enter_cond(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list[Any]:
     branches = [compat.closed(b) for b in eqn.params["branches"]]
+    index = _array(args[0], eqn, reader, frame)
 
     def call(i: int, operands: list[Any]) -> tuple[list[Any], Emissions]:
         inner = frame.inner(eqn, i)
-        return _arrays(run(branches[i], operands, reader, inner)), inner.emitted
+        return _arrays(run(branches[i], operands, reader, inner), eqn, reader, inner), inner.emitted
 
     shapes: Emissions = {}
     for i in range(len(branches)):
@@ -405,7 +436,7 @@ def _enter_cond(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list
         return outs, {**emitted, **_zeros({k: v for k, v in shapes.items() if k not in emitted})}
 
     outs, emitted = jax.lax.switch(
-        jnp.asarray(args[0], jnp.int32), [lambda ops, i=i: branch(i, ops) for i in range(len(branches))], args[1:]
+        jnp.asarray(index, jnp.int32), [lambda ops, i=i: branch(i, ops) for i in range(len(branches))], args[1:]
     )
     _emit_all(frame, emitted)
     return outs

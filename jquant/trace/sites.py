@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jquant.core.qtensor import is_qtensor
 from jquant.trace import compat, interpreter, view
 from jquant.trace.function import trace_call
 from jquant.trace.uses import Dot, Use
@@ -19,8 +20,8 @@ class Site(NamedTuple):
     Attributes:
       path: the leaf's path.
       shape, dtype: the leaf's.
-      kind: "dot", "lookup", "conv", "ragged_dot"; or "read", where something else reads the leaf and a quantized one would
-        be dequantized.
+      kind: "dot", "lookup", "conv", "ragged_dot"; or "read", where something else reads the leaf and a quantized one
+        would be dequantized.
       contracted: the axes that the use sums over (for a lookup: that a row holds).
       batch: axes that the use shares with its input (experts) or that are walked (scanned layers).
       input: number of the array that is the other operand; sites with the same number read the same array. -1: none.
@@ -106,8 +107,9 @@ def input_key(use: Use) -> tuple[Any, ...]:
     how = use.how
     extra: tuple[Any, ...] = ()
     if isinstance(how, Dot):
-        sizes = tuple(a.size for a in how.contract_atoms)
-        order = tuple(sorted(range(len(sizes)), key=lambda i: (how.contract_atoms[i].axis, -how.contract_atoms[i].stride)))
+        atoms = how.contract_atoms
+        sizes = tuple(a.size for a in atoms)
+        order = tuple(sorted(range(len(atoms)), key=lambda i: (atoms[i].axis, -atoms[i].stride)))
         extra = (how.order_in, sizes, order, len(how.batch_atoms))
     stack = tuple((i.at, i.by) for i in use.ref.stack)
     return (use.kind, id(use.x), extra, stack)
@@ -129,7 +131,9 @@ class FindReader:
         note = _note(ref)
         kind = use.kind
         if lost:
-            kind, note = "read", f"sliced along the contracted axis {lost[0]}"
+            kind, note = "read", f"sliced along the contracted axis {full_axes(ref, lost)[0]}: dequantized there"
+        if not jnp.issubdtype(ref.value.dtype, jnp.floating):
+            kind, note = "read", f"{ref.value.dtype} is not quantized"
         self._add(use.eqn, ref, frame, kind, full_axes(ref, use.contracted), batch_axes(use), input_key(use), note)
         return compat.bind(use.eqn, *[a.array() if isinstance(a, Ref) else a for a in use.args])
 
@@ -139,7 +143,8 @@ class FindReader:
 
     def _add(self, eqn: Any, ref: Ref, frame: Any, kind: str, contracted: Any, batch: Any, key: Any, note: str) -> None:
         site = Site(ref.path, (), ref.value.dtype, kind, contracted, batch, -1, eqn.primitive.name, note)
-        self.found[(*frame.scope, id(eqn), ref.path)] = (key, site)
+        # One equation may read a leaf twice, as its weight and as something else.
+        self.found[(*frame.scope, id(eqn), ref.path, kind)] = (key, site)
 
     def sites(self, shapes: dict[str, tuple[int, ...]]) -> Sites:
         numbers: dict[Any, int] = {}
@@ -166,6 +171,11 @@ def _reason(ref: Ref, eqn: Any) -> str:
     return f"read by {eqn.primitive.name}: dequantized there"
 
 
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The float array that a leaf is or stands for."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_qtensor(leaf) else compat.abstract(leaf)
+
+
 def find_sites(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
     """Every place where `apply(params, *args, **kwargs)` reads a parameter.
 
@@ -175,7 +185,7 @@ def find_sites(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     Args:
       apply: a pure function of parameters and inputs: `model.apply` of linen, a function that merges an nnx state, any
         JAX function.
-      params: a pytree of arrays.
+      params: a pytree of arrays; quantized leaves count as the floats that they stand for.
       *args, **kwargs: what `apply` takes after the parameters. Python scalars and strings stay static.
 
     Returns:
@@ -189,8 +199,8 @@ def find_sites(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
 
     def run(leaves: list[Any], arrays: list[Any]) -> None:
         refs = [view.new_ref(p, v) for p, v in zip(traced.paths, leaves, strict=True)]
-        interpreter.run(traced.jaxpr, [*refs, *arrays], reader, interpreter.Frame())
+        interpreter.run_all(traced.jaxpr, [*refs, *arrays], reader, interpreter.Frame())
 
-    leaves = [compat.abstract(jnp.asarray(v) if isinstance(v, int | float) else v) for v in traced.leaves]
+    leaves = [_abstract(v) for v in traced.leaves]
     jax.eval_shape(run, leaves, [compat.abstract(a) for a in traced.arrays])
     return reader.sites({p: tuple(v.shape) for p, v in zip(traced.paths, leaves, strict=True)})

@@ -137,7 +137,8 @@ def _dot(ref: Ref, numbers: Any, which: int, x_ndim: int) -> Dot | None:
     shape = ref.shape
     return Dot(
         contracted, batch_axes, free, (*xb, *x_free, *xc), tuple(c_atoms), tuple(b_atoms),
-        tuple(shape[i] for i in wb), tuple(free_atoms), tuple(math.prod(a.size for a in d) for d in free_dims), which == 0,
+        tuple(shape[i] for i in wb), tuple(free_atoms), tuple(math.prod(a.size for a in d) for d in free_dims),
+        which == 0,
     )  # fmt: skip
 
 

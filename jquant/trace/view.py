@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.core import kept
 from jquant.core.qtensor import is_qtensor
@@ -50,16 +51,17 @@ class Ref:
       casts: names of the dtypes that it was cast to, in order.
       sliced: axes (in today's numbering) that a slice shortened.
       stack: the axes of the full leaf that were indexed away, outermost first.
+      origins: for each of `sliced`, where its slice starts (None: at a traced number) and how long the axis was.
     """
 
-    __slots__ = ("value", "position", "path", "dims", "casts", "sliced", "stack")
+    __slots__ = ("value", "position", "path", "dims", "casts", "sliced", "stack", "origins")
 
-    def __init__(self, value, position, path, dims, casts=(), sliced=(), stack=()):
+    def __init__(self, value, position, path, dims, casts=(), sliced=(), stack=(), origins=()):
         self.value, self.position, self.path, self.dims = value, position, path, dims
-        self.casts, self.sliced, self.stack = casts, sliced, stack
+        self.casts, self.sliced, self.stack, self.origins = casts, sliced, stack, origins
 
     def tree_flatten(self):
-        return (self.value, self.position), (self.path, self.dims, self.casts, self.sliced, self.stack)
+        return (self.value, self.position), (self.path, self.dims, self.casts, self.sliced, self.stack, self.origins)
 
     @classmethod
     def tree_unflatten(cls, static, children):
@@ -167,7 +169,10 @@ def cast(ref: Ref, dtype: Any) -> Ref | None:
 
 
 def cut(ref: Ref, dim: int, start: Any, size: int) -> Ref | None:
-    """Elements `start` .. `start + size` of one dimension, or None where that can't be taken from the leaf itself."""
+    """Elements `start` .. `start + size` of one dimension, or None where that can't be taken from the leaf itself.
+
+    `start` is inside bounds; it may be traced.
+    """
     if size == ref.shape[dim]:
         return ref
     axis = whole_axis(ref, dim)
@@ -175,24 +180,44 @@ def cut(ref: Ref, dim: int, start: Any, size: int) -> Ref | None:
         return None
     if is_qtensor(ref.value) and axis in ref.value.contracted:
         return None
+    start = int(start) if isinstance(start, np.integer) else start
     dims = tuple(_dim(Atom(axis, 1, size)) if i == dim else d for i, d in enumerate(ref.dims))
     if size == 1:
         return _drop(ref.replace(dims=dims), axis, start)
-    return ref.replace(value=kept.slice_axis(ref.value, axis, start, size), dims=dims, sliced=(*ref.sliced, axis))
+    value = kept.slice_axis(ref.value, axis, start, size)
+    return ref.replace(value=value, dims=dims, **_sliced(ref, axis, start))
+
+
+def _origin(ref: Ref, axis: int) -> tuple[int | None, int]:
+    """Where today's `axis` starts in the full leaf's, and how long that is."""
+    origins = dict(zip(ref.sliced, ref.origins, strict=False))
+    if axis in ref.sliced:
+        return origins.get(axis, (None, ref.value.shape[axis]))
+    return 0, ref.value.shape[axis]
+
+
+def _sliced(ref: Ref, axis: int, start: Any) -> dict[str, Any]:
+    first, full = _origin(ref, axis)
+    known = first is not None and isinstance(start, int)
+    origins = {**dict(zip(ref.sliced, ref.origins, strict=False)), axis: (first + start if known else None, full)}
+    return {"sliced": tuple(origins), "origins": tuple(origins.values())}
 
 
 def _renamed(ref: Ref, gone: int) -> dict[str, Any]:
     dims = tuple(tuple(Atom(kept.renamed(a.axis, gone), *a[1:]) for a in d) for d in ref.dims)
-    return {"dims": dims, "sliced": tuple(kept.renamed(a, gone) for a in ref.sliced)}
+    left = {kept.renamed(a, gone): _origin(ref, a) for a in ref.sliced if a != gone}
+    return {"dims": dims, "sliced": tuple(left), "origins": tuple(left.values())}
 
 
-def _drop(ref: Ref, axis: int, start: Any) -> Ref:
+def _drop(ref: Ref, axis: int, start: Any) -> Ref | None:
     """Takes away an axis of which one slice was taken, and notes it in `stack`."""
-    size = ref.value.shape[axis]
+    first, size = _origin(ref, axis)
+    if first is None:
+        return None
     static = isinstance(start, int)
-    index = Index(full_axis(ref, axis), size, start if static else "traced")
+    index = Index(full_axis(ref, axis), size, first + start if static else "traced")
     value = kept.remove_axis(kept.slice_axis(ref.value, axis, start, 1), axis)
-    position = ref.position if static else start
+    position = ref.position if static else start + first
     return ref.replace(value=value, position=position, stack=(*ref.stack, index), **_renamed(ref, axis))
 
 
@@ -208,7 +233,7 @@ def full_axis(ref: Ref, axis: int) -> int:
 
 def leading_axis(ref: Ref) -> int | None:
     """The leaf's axis that the view's first dimension is, whole and alone; a stack of one counts."""
-    if ref.dims and ref.shape[0] == 1 and ref.value.shape[0] == 1:
+    if ref.dims and ref.shape[0] == 1 and ref.value.shape[:1] == (1,):
         return -len(ref.value.shape)
     return whole_axis(ref, 0) if ref.dims else None
 
@@ -223,11 +248,14 @@ def stackable(ref: Ref) -> bool:
 
 def to_stack(ref: Ref) -> Ref:
     """The same view of a leaf whose stacked axis is in front: what a scan takes as `xs`."""
-    axis = leading_axis(ref)
+    axis, size = leading_axis(ref), ref.shape[0]
     assert axis is not None
     names = _renamed(ref, axis)["dims"]
-    front = Atom(-len(ref.value.shape), 1, ref.shape[0])
-    return ref.replace(value=kept.move_to_front(ref.value, axis), dims=((front,), *names[1:]))
+    front = Atom(-len(ref.value.shape), 1, size)
+    value = kept.move_to_front(ref.value, axis)
+    # The scale of a "tensor" block may be one for the whole stack; a scan wants one for each slice.
+    value = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape[1:])), value) if is_qtensor(value) else value
+    return ref.replace(value=value, dims=((front,), *names[1:]))
 
 
 def from_stack(stacked: Ref, original: Ref, by: int) -> Ref:
