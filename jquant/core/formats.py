@@ -1,8 +1,8 @@
 """How numbers are stored: `Format`, its presets, and the pure functions that encode and decode by it.
 
 Everything here works on rows: arrays `[..., n]` whose last axis is the flattened contracted axes of a weight. A block
-of the format is a run of `block` elements of a row (the last may be shorter), a whole row ("channel"), or everything but
-`stacked` leading axes ("tensor"). Arithmetic is in float32:
+of the format is a run of `block` elements of a row (the last may be shorter), a whole row ("channel"), or everything
+but `stacked` leading axes ("tensor"). Arithmetic is in float32:
 
     symmetric, floats, codebooks   value = element(code) * scale
     with a zero point              value = (code - zero_point) * scale
@@ -184,7 +184,7 @@ class BlockParams(NamedTuple):
 
 
 def to_blocks(rows: jax.Array, fmt: Format) -> jax.Array:
-    """`[..., n]` -> `[..., blocks, block]`, zeros behind the last, shorter group (they change no extreme that we take)."""
+    """`[..., n]` -> `[..., blocks, block]`, zeros behind the last, shorter group (no extreme changes by them)."""
     n = rows.shape[-1]
     if not isinstance(fmt.block, int):
         return rows[..., None, :]

@@ -51,7 +51,7 @@ def _unpack_plane(packed: jax.Array, width: int, count: int) -> jax.Array:
 
 
 def pack(codes: jax.Array, bits: int) -> tuple[jax.Array, ...]:
-    """Packs `codes` (uint8 `[..., n]`, each below `2**bits`) into a uint8 array a plane, `[..., ceil(n * width / 8)]`."""
+    """Packs `codes` (uint8 `[..., n]`, each below `2**bits`): uint8 `[..., ceil(n * width / 8)]` for each plane."""
     planes, left = [], bits
     for width in plane_widths(bits):
         left -= width

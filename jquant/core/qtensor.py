@@ -79,7 +79,7 @@ class QTensor:
         if any(d != np.uint8 for d in dtypes):
             raise DamagedQTensorError(
                 f"the codes of a QTensor ({self.format}) are {dtypes[0]}, not uint8: a cast was mapped over its "
-                "arrays. Use jax.tree.map(..., is_leaf=jquant.is_qtensor) with QTensor.astype, or cast before quantizing"
+                "arrays. Use jax.tree.map(..., is_leaf=jquant.is_qtensor) with QTensor.astype, or cast it before"
             )
         if np.dtype(self.scale.dtype) != jnp.dtype(self.format.scale_dtype):
             raise DamagedQTensorError(
@@ -184,8 +184,14 @@ class QTensor:
         # Read by a model outside `quantized`: correct, if not fused.
         return self.dequantize()
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # Without it NumPy would make an object array of one QTensor, silently.
+        return np.asarray(self.dequantize(), dtype)
+
     def __reduce__(self):
-        host = jax.tree.map(np.asarray, (self.codes, self.scale, self.zero_point))
+        host = jax.tree.map(
+            lambda a: np.asarray(a) if isinstance(a, jax.Array) else a, (self.codes, self.scale, self.zero_point)
+        )
         return QTensor, (*host, self.format, self.contracted, self.inner, self.pad, self._dtype)
 
     def __repr__(self) -> str:

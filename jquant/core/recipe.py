@@ -27,8 +27,8 @@ class Recipe:
                 raise RecipeError(f"Recipe: the pattern {pattern!r} must be a string, as in '*attention/q/kernel'")
             if value is not None and not isinstance(value, Format):
                 raise RecipeError(
-                    f"Recipe: {pattern!r} has {value!r}; write a Format (jquant.INT4_G128, parse_format('int4-g64')) or "
-                    " None to keep floats"
+                    f"Recipe: {pattern!r} has {value!r}; write a Format (jquant.INT4_G128, parse_format('int4-g64')) "
+                    "or None to keep floats"
                 )
         self.rules = tuple(rules.items())
 
