@@ -30,9 +30,7 @@ CONFIGS = {
     "llama-one-kv-head": dataclasses.replace(BASE, num_kv_heads=1),
     "llama-multi-head": dataclasses.replace(BASE, num_kv_heads=4),
     "mistral": dataclasses.replace(BASE, family="mistral", sliding_window=5, sliding_layers=(0, 1)),
-    "qwen2": dataclasses.replace(
-        BASE, family="qwen2", qkv_bias=True, tied=True, sliding_window=4, sliding_layers=(1,)
-    ),
+    "qwen2": dataclasses.replace(BASE, family="qwen2", qkv_bias=True, tied=True, sliding_window=4, sliding_layers=(1,)),
     "qwen3": dataclasses.replace(BASE, family="qwen3", qk_norm=True, rope=Rope(theta=1e6)),
     "linear": _rope(type="linear", factor=4.0),
     "dynamic": _rope(type="dynamic", factor=4.0),

@@ -114,7 +114,9 @@ def test_init_has_the_shapes_that_flax_expects(name):
     config = CONFIGS[name]
     ours = {path: x.shape for path, x in flat(init(config, jax.random.key(0))).items()}
     assert ours == param_shapes(config)
-    jax.eval_shape(build(config), init(config, jax.random.key(0)), make_tokens(config, 3))  # Flax checks each shape it reads
+    jax.eval_shape(
+        build(config), init(config, jax.random.key(0)), make_tokens(config, 3)
+    )  # Flax checks each shape it reads
 
 
 def test_paths_are_the_promised_ones():

@@ -73,9 +73,9 @@ def test_the_second_call_compiles_nothing():
 
 
 def test_same_key_same_text_other_key_other_text():
-    draw = lambda seed: generate(
-        APPLY, PARAMS, PROMPT, CONFIG, max_tokens=10, temperature=2.0, key=jax.random.key(seed)
-    ).tokens
+    draw = lambda seed: (
+        generate(APPLY, PARAMS, PROMPT, CONFIG, max_tokens=10, temperature=2.0, key=jax.random.key(seed)).tokens
+    )
     np.testing.assert_array_equal(draw(0), draw(0))
     assert (draw(0) != draw(1)).any()
 

@@ -104,9 +104,7 @@ def test_folder_equals_float64_reference(name, tmp_path):
     np.testing.assert_array_equal(kernel, tensors["model.layers.1.self_attn.k_proj.weight"].T)
     tokens = make_tokens(model.config, 36)
     expected = forward(model.config, model.params, tokens)
-    np.testing.assert_allclose(
-        jax.jit(model.apply)(model.params, tokens), expected, atol=1e-4 * np.abs(expected).max()
-    )
+    np.testing.assert_allclose(jax.jit(model.apply)(model.params, tokens), expected, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.peers
@@ -202,7 +200,7 @@ def test_shape_mismatch_names_tensor_and_both_shapes(tmp_path):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(ModelError, match="nowhere does not exist; give \"demo\""):
+    with pytest.raises(ModelError, match='nowhere does not exist; give "demo"'):
         load(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="config.json does not exist"):
         load(tmp_path)
