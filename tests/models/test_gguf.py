@@ -1,4 +1,4 @@
-"""GGUF files written by the gguf package: every tensor type, the order of rotated rows, metadata, tokenizers, errors."""
+"""GGUF files by the gguf package: every tensor type, the order of rotated rows, metadata, tokenizers, errors."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders: written here by hand, and by transformers where it is installed; and what is wrong with them."""
+"""Hugging Face folders: written here by hand, and by transformers where installed; and what is wrong with them."""
 
 import json
 import math
