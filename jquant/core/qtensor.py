@@ -184,6 +184,13 @@ class QTensor:
         # Read by a model outside `quantized`: correct, if not fused.
         return self.dequantize()
 
+    def __getitem__(self, index: Any) -> jax.Array:
+        # nnx layers read `self.kernel[...]`.
+        return self.dequantize()[index]
+
+    def __iter__(self):
+        return iter(self.dequantize())
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         # Without it NumPy would make an object array of one QTensor, silently.
         return np.asarray(self.dequantize(), dtype)

@@ -134,7 +134,12 @@ def test_reads_as_the_array_it_stands_for():
     assert same_bits(x @ q, x @ w)
     assert same_bits(jnp.einsum("bi,io->bo", x, q), jnp.einsum("bi,io->bo", x, w))
     assert same_bits(jax.jit(lambda x, q: x @ q)(x, q), jax.jit(lambda x, w: x @ w)(x, w))
-    assert same_bits(jnp.asarray(q)[:3] + x[:, :6], w[:3] + x[:, :6])
+    assert (
+        same_bits(q[...], w)
+        and same_bits(q[2:4, 0], w[2:4, 0])
+        and same_bits(q[jnp.asarray([1, 1])], w[jnp.asarray([1, 1])])
+    )
+    assert len(list(q)) == 8
 
 
 def test_reads_as_a_numpy_array():
