@@ -19,20 +19,20 @@ from jquant.core.formats import Format
 from jquant.core.paths import flatten_with_paths, map_with_paths
 from jquant.core.qtensor import is_qtensor
 from tests.checkpoint.cases import every_leaf, small_tree
-from tests.core.cases import EVERY_FORMAT, PRESET_FORMATS, normal, rtn, same_bits, same_tree
+from tests.core.cases import EVERY_FORMAT, PRESET_FORMATS, any_bits, normal, rtn, same_bits, same_tree
 
 
 def test_every_format(tmp_path):
     """All formats in one tree; contracted axes of every kind among them."""
     axes = [((11, 3), (0,)), ((3, 11), (-1,)), ((2, 3, 5), (0, 2)), ((7,), (0,)), ((4, 3), ())]
     tree = {
-        f"{i}-{fmt}": rtn(normal(axes[i % 5][0], dtype=["float32", "bfloat16"][i % 2]), fmt, axes[i % 5][1])
-        for i, fmt in enumerate([*EVERY_FORMAT[::7], *PRESET_FORMATS])
+        f"{i}-{fmt}": any_bits(fmt, *axes[i % 5], ["float32", "bfloat16"][i % 2])
+        for i, fmt in enumerate([*EVERY_FORMAT, *PRESET_FORMATS])
     }
     save(tmp_path / "c", tree)
     again = load(tmp_path / "c")
     assert same_tree(again, tree)
-    assert all(is_qtensor(q) and same_bits(q.dequantize(), tree[k].dequantize()) for k, q in list(again.items())[:5])
+    assert all(is_qtensor(q) and q.shape == tree[k].shape for k, q in again.items())
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(again))
 
 

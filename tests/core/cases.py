@@ -47,6 +47,18 @@ def rtn(w: jax.Array, fmt: Format, contracted: Sequence[int]) -> QTensor:
     return encode_array(w, compute_params(to_rows(w, contracted), fmt), fmt, contracted)
 
 
+def any_bits(fmt: Format, shape: Sequence[int], contracted: Sequence[int], dtype: str = "float32") -> QTensor:
+    """A QTensor whose arrays hold any bits at all. Nothing is compiled."""
+    q = jax.eval_shape(lambda: rtn(jnp.zeros(shape, dtype), fmt, contracted))
+    rng = np.random.default_rng(0)
+
+    def fill(a):
+        raw = rng.integers(0, 256, (*a.shape, a.dtype.itemsize), dtype=np.uint8)
+        return jnp.asarray(raw.view(a.dtype)[..., 0])
+
+    return jax.tree.map(fill, q)
+
+
 def same_bits(a: object, b: object) -> bool:
     """Whether two arrays have the same shape, dtype and bits (NaN equals itself, 0 is not -0)."""
     x, y = np.asarray(a), np.asarray(b)
