@@ -1,8 +1,8 @@
 """The sequential walk: every weight is solved on what the already quantized part of the model produces.
 
 The model's line of parts (`trace.program`) is run once. In front of each group of matmuls that share an input the walk
-stops, accumulates that input's statistics over all batches, has the group solved, and goes on with the quantized weights.
-It holds the parameters, the activations that cross the cut, one batch of a part's temporaries and one group's statistics.
+stops, accumulates that input's statistics over all batches, has the group solved, and goes on with the quantized
+weights. It holds the parameters, the activations that cross the cut, one batch of a part's temporaries and one group's statistics.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jquant.core import kept
+from jquant.core import kept, memory
 from jquant.core.errors import JQuantError, NonFiniteError
 from jquant.progress import Progress
 from jquant.trace.function import Traced, call_args, trace_call
@@ -89,7 +89,9 @@ class Walk:
     def __len__(self) -> int:
         return len(self.stops)
 
-    def run(self, solve: Solve, start: int = 0, solved: dict[Unit, Any] | None = None, after: Any = None) -> dict[Unit, Any]:
+    def run(
+        self, solve: Solve, start: int = 0, solved: dict[Unit, Any] | None = None, after: Any = None
+    ) -> dict[Unit, Any]:
         """Walks from stop `start` to the last.
 
         Args:
@@ -104,12 +106,13 @@ class Walk:
           NonFiniteError: an input holds NaN or infinity.
         """
         done = dict(solved or {})
-        with Progress(len(self) * len(self.batches), "quantizing", "batches") as progress:
-            progress.step(steps=start * len(self.batches))
+        runs = len(self.batches)
+        with Progress(len(self) * runs, "quantizing", "steps", done=start * runs) as progress:
             for k in range(start, len(self)):
                 jobs, seen = self._stop(k, done, progress)
                 new = solve(jobs, seen)
                 done.update(new)
+                memory.give_back()
                 if after is not None:
                     after(k, new)
         return done
@@ -155,8 +158,8 @@ class Walk:
             bad = sum(int(jnp.sum(totals[m.group].nonfinite)) for m in groups)
             if bad:
                 raise NonFiniteError(
-                    f"{unit_name(unit)}: its input holds {bad} values that are NaN or infinite; look at the batches and at "
-                    "what comes before this leaf (in 16 bits, an overflow). What was solved before it is kept where "
+                    f"{unit_name(unit)}: its input holds {bad} values that are NaN or infinite; look at the batches and "
+                    "at what comes before this leaf (in 16 bits, an overflow). What was solved before it is kept where "
                     "`resume` is set"
                 )
 
