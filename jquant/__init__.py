@@ -1,35 +1,92 @@
-"""jquant: quantization for JAX, as pure functions over parameter pytrees."""
+# ruff: noqa: F401
+"""jquant: quantization for JAX, as pure functions over parameter pytrees.
 
-from jquant.calibrate import calibrate
-from jquant.core.errors import JQuantError, JQuantWarning
-from jquant.core.formats import (
-    FP8_E4M3,
-    FP8_E5M2,
-    INT2_G32_ASYM,
-    INT3_G64,
-    INT3_G64_ASYM,
-    INT4,
-    INT4_G32,
-    INT4_G64,
-    INT4_G64_ASYM,
-    INT4_G128,
-    INT4_G128_ASYM,
-    INT5_G64,
-    INT6_G64,
-    INT8,
-    INT8_G128,
-    INT8_TENSOR,
-    NF4,
-    Format,
-    parse_format,
-)
-from jquant.core.method import Method, chain
-from jquant.core.qtensor import QTensor, dequantize, is_qtensor
-from jquant.core.recipe import Recipe, parse_recipe
-from jquant.core.stats import Stats, merge
-from jquant.evaluate import Evaluation, evaluate
-from jquant.quantize import quantize
-from jquant.solvers.gptq import gptq
-from jquant.solvers.rtn import rtn
-from jquant.trace.execute import explain, quantized
-from jquant.trace.sites import Site, Sites, find_sites
+A name is imported when it is first used, so that `import jquant` and `jquant --help` do not wait for JAX.
+"""
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jquant import models
+    from jquant.calibrate import calibrate
+    from jquant.checkpoint import load, save
+    from jquant.core.errors import JQuantError, JQuantWarning
+    from jquant.core.formats import (
+        FP8_E4M3,
+        FP8_E5M2,
+        INT2_G32_ASYM,
+        INT3_G64,
+        INT3_G64_ASYM,
+        INT4,
+        INT4_G32,
+        INT4_G64,
+        INT4_G64_ASYM,
+        INT4_G128,
+        INT4_G128_ASYM,
+        INT5_G64,
+        INT6_G64,
+        INT8,
+        INT8_G128,
+        INT8_TENSOR,
+        NF4,
+        Format,
+        parse_format,
+    )
+    from jquant.core.method import Method, chain
+    from jquant.core.qtensor import QTensor, dequantize, is_qtensor
+    from jquant.core.recipe import Recipe, parse_recipe
+    from jquant.core.stats import Stats, merge
+    from jquant.evaluate import Evaluation, evaluate, evaluate_all, windows
+    from jquant.quantize import quantize
+    from jquant.solvers.gptq import gptq
+    from jquant.solvers.rtn import rtn
+    from jquant.trace.execute import explain, quantized
+    from jquant.trace.sites import Site, Sites, find_sites
+
+# The same names once more, for the import at run time (tests/test_surface.py holds the two together).
+_NAMES = {
+    "calibrate": "calibrate",
+    "checkpoint": "load save",
+    "core.errors": "JQuantError JQuantWarning",
+    "core.formats": "FP8_E4M3 FP8_E5M2 INT2_G32_ASYM INT3_G64 INT3_G64_ASYM INT4 INT4_G32 INT4_G64 INT4_G64_ASYM "
+    "INT4_G128 INT4_G128_ASYM INT5_G64 INT6_G64 INT8 INT8_G128 INT8_TENSOR NF4 Format parse_format",
+    "core.method": "Method chain",
+    "core.qtensor": "QTensor dequantize is_qtensor",
+    "core.recipe": "Recipe parse_recipe",
+    "core.stats": "Stats merge",
+    "evaluate": "Evaluation evaluate evaluate_all windows",
+    "quantize": "quantize",
+    "solvers.gptq": "gptq",
+    "solvers.rtn": "rtn",
+    "trace.execute": "explain quantized",
+    "trace.sites": "Site Sites find_sites",
+}
+_ROOMS = ("core", "solvers", "ops", "trace", "models", "checkpoint", "report")
+_WHERE = {name: f"jquant.{module}" for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = sorted([*_WHERE, "models"])
+
+
+class _Surface(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name in _ROOMS:
+            return importlib.import_module(f"jquant.{name}")
+        if name not in _WHERE:
+            raise AttributeError(f"module 'jquant' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing jquant/quantize.py binds the module to the name of the function in it; the function keeps the name.
+        if not (name in _WHERE and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Surface

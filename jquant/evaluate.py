@@ -1,11 +1,13 @@
 """`evaluate`: what quantization cost, against the float model."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.core.errors import JQuantError
 from jquant.core.qtensor import tree_nbytes
@@ -19,7 +21,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
       kl: mean of KL(reference || quantized) over the full vocabulary, nats per token.
-      kl_stderr: its standard error, from the spread of the sequences' means (of the tokens, where there is one sequence).
+      kl_stderr: its standard error, from the spread of the sequences' means (of the tokens', of a single sequence).
       perplexity: exp of the mean negative log likelihood of the text under the quantized model.
       perplexity_reference: the same under the reference.
       top1_agreement: share of positions at which both have the same most likely token.
@@ -37,11 +39,32 @@ class Evaluation(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    kl: jax.Array  # [batch]: sum over positions
-    kl_squared: jax.Array  # [batch]
+    """Sums over the positions of each sequence, `[batch]`."""
+
+    kl: jax.Array
+    kl_squared: jax.Array
     nll: jax.Array
     nll_reference: jax.Array
     same: jax.Array
+
+
+def windows(ids: Sequence[int], length: int = 512, count: int | None = None) -> list[np.ndarray]:
+    """Cuts the tokens of a text into consecutive windows, int32 `[1, length]`; the last, partial one is dropped.
+
+    Args:
+      ids: the tokens of the whole text.
+      length: tokens in a window.
+      count: how many windows to take, from the front; None for all.
+
+    Raises:
+      JQuantError: the text fills no window, or a window can't predict a token.
+    """
+    if length < 2 or (count is not None and count < 1):
+        raise JQuantError(f"windows: needs length >= 2 and count >= 1, got length={length}, count={count}")
+    found = np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, 1, length)[:count]
+    if not len(found):
+        raise JQuantError(f"the text has {len(ids)} tokens, fewer than one window of {length}; give more text")
+    return list(found)
 
 
 def evaluate(
@@ -63,55 +86,87 @@ def evaluate(
     Raises:
       JQuantError: no batches, or sequences shorter than two tokens.
     """
-    logits, sums, length = _logits(apply), [], 0
-    get = tokens or (lambda batch: jax.tree.leaves(batch)[0])
+    return evaluate_all(apply, params, {"": qparams}, batches, tokens=tokens)[""]
+
+
+def evaluate_all(
+    apply: Callable[..., Any], params: Any, qparams: Mapping[str, Any], batches: Iterable[Any],
+    *, tokens: Callable[[Any], jax.Array] | None = None,
+) -> dict[str, Evaluation]:  # fmt: skip
+    """Compares several quantized trees with one reference, which is run once for all of them.
+
+    Args:
+      qparams: the trees by name. Logits are held of the reference and of one of them at a time.
+      apply, params, batches, tokens: as in `evaluate`.
+
+    Returns:
+      An `Evaluation` for each name.
+
+    Raises:
+      JQuantError: nothing to compare, no batches, or sequences shorter than two tokens.
+    """
     batches = list(batches)
-    with Progress(len(batches), "evaluating", "batches") as progress:
+    if not batches or not qparams:
+        raise JQuantError("evaluate: nothing to compare; give at least one batch, as in [tokens], and one tree")
+    get = tokens or (lambda batch: jax.tree.leaves(batch)[0])
+    sums: dict[str, list[tuple[int, _Sums]]] = {name: [] for name in qparams}
+    with Progress(len(batches) * (1 + len(qparams)), "evaluating", "runs") as progress:
         for batch in batches:
-            text = get(batch)
-            length = text.shape[1] - 1
-            if length < 1:
-                raise JQuantError("evaluate: a sequence needs two tokens or more, the second is the first one predicted")
-            args, kwargs = call_args(batch)
-            reference = _log_probabilities(logits(params, *args, **kwargs))
-            sums.append((length, jax.device_get(_compare(reference, logits(qparams, *args, **kwargs), text))))
+            text = jnp.asarray(get(batch))
+            if text.shape[1] < 2:
+                raise JQuantError("evaluate: a sequence needs two tokens or more: the second is the first predicted")
+            reference = _logits(apply, params, batch)
             progress.step()
-    if not sums:
-        raise JQuantError("evaluate: there are no batches; give at least one, as in [tokens]")
-    return _evaluation(sums, tree_nbytes(qparams), tree_nbytes(params))
+            for name, tree in qparams.items():
+                found = jax.device_get(_compare(reference, _logits(apply, tree, batch), text))
+                sums[name].append((text.shape[1] - 1, found))
+                progress.step(name)
+    return {name: _evaluation(s, tree_nbytes(qparams[name]), tree_nbytes(params)) for name, s in sums.items()}
 
 
-def _logits(apply: Callable[..., Any]) -> Callable[..., jax.Array]:
-    # The last position predicts nothing that the text could tell.
-    return jax.jit(lambda p, *args, **kwargs: quantized(apply)(p, *args, **kwargs)[:, :-1].astype(jnp.float32))
+def _logits(apply: Callable[..., Any], params: Any, batch: Any) -> jax.Array:
+    args, kwargs = call_args(batch)
+    return jax.block_until_ready(_run(apply, params, args, kwargs))  # the temporaries of one run at a time
 
 
-_log_probabilities = jax.jit(lambda logits: jax.nn.log_softmax(logits, axis=-1), donate_argnums=0)
+@partial(jax.jit, static_argnums=0)
+def _run(apply: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> jax.Array:
+    return quantized(apply)(params, *args, **kwargs)
+
+
+# Positions at once: the logarithms of a whole batch would be several more arrays of the size of its logits.
+_CHUNK = 64
 
 
 @jax.jit
 def _compare(reference: jax.Array, logits: jax.Array, tokens: jax.Array) -> _Sums:
-    other = jax.nn.log_softmax(logits, axis=-1)
-    target = tokens[:, 1:, None]
-    kl = jnp.sum(jnp.exp(reference) * (reference - other), axis=-1)
-    same = jnp.argmax(reference, axis=-1) == jnp.argmax(other, axis=-1)
+    """Logits `[batch, length, vocab]`, tokens `[batch, length]`. The last position predicts nothing that is known."""
+    batch, length = tokens.shape
+    at = jnp.arange(batch * (length - 1))
+    rows, positions = at // (length - 1), at % (length - 1)
+    one = lambda i: _position(reference[i[0], i[1]], logits[i[0], i[1]], tokens[i[0], i[1] + 1])
+    found = jax.lax.map(one, (rows, positions), batch_size=min(_CHUNK, at.size))
+    return _Sums(*(jnp.sum(v.reshape(batch, length - 1), axis=1) for v in found))
 
-    def nll(logp: jax.Array) -> jax.Array:
-        return -jnp.sum(jnp.take_along_axis(logp, target, axis=-1), axis=(1, 2))
 
-    return _Sums(jnp.sum(kl, axis=1), jnp.sum(kl**2, axis=1), nll(other), nll(reference), jnp.sum(same, axis=1))
+def _position(reference: jax.Array, logits: jax.Array, target: jax.Array) -> _Sums:
+    """One position: logits `[vocab]` -> scalars."""
+    p, q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (reference, logits))
+    kl = jnp.sum(jnp.exp(p) * (p - q))
+    same = jnp.argmax(reference) == jnp.argmax(logits)
+    return _Sums(kl, kl**2, -q[target], -p[target], same.astype(jnp.int32))
 
 
 def _evaluation(sums: list[tuple[int, _Sums]], nbytes: int, nbytes_reference: int) -> Evaluation:
     count = sum(length * s.kl.shape[0] for length, s in sums)
-    total = _Sums(*(sum(float(v.sum()) for v in column) for column in zip(*(s for _, s in sums), strict=True)))  # type: ignore[arg-type]
-    kl = total.kl / count
-    means = [float(v) / length for length, s in sums for v in s.kl]
+    kl, kl_squared, nll, nll_reference, same = (
+        float(np.sum(np.concatenate(column), dtype=np.float64)) / count for column in zip(*(s for _, s in sums))
+    )
+    means = np.concatenate([np.asarray(s.kl, np.float64) / length for length, s in sums])
     if len(means) > 1:
-        spread = sum((m - sum(means) / len(means)) ** 2 for m in means) / (len(means) - 1) / len(means)
+        spread = float(np.var(means, ddof=1)) / len(means)
     else:
-        spread = max(total.kl_squared / count - kl**2, 0.0) / count
+        spread = max(kl_squared - kl**2, 0.0) / count
     return Evaluation(
-        kl, math.sqrt(spread), math.exp(total.nll / count), math.exp(total.nll_reference / count), total.same / count,
-        nbytes, nbytes_reference,
+        kl, math.sqrt(spread), math.exp(nll), math.exp(nll_reference), same, nbytes, nbytes_reference
     )  # fmt: skip
