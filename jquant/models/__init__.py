@@ -5,7 +5,8 @@ from jquant.models.config import Config, Rope, param_shapes
 from jquant.models.decoder import build, init
 from jquant.models.errors import ModelError
 from jquant.models.generate import Generation, generate
-from jquant.models.load import Model, load
+from jquant.models.load import Model, load, load_config
+from jquant.models.saved import save
 from jquant.models.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "init",
     "init_cache",
     "load",
+    "load_config",
     "load_tokenizer",
     "param_shapes",
+    "save",
 ]

