@@ -38,11 +38,10 @@ class Evaluation(NamedTuple):
     bytes_reference: int
 
 
-class _Sums(NamedTuple):
-    """Sums over the positions of each sequence, `[batch]`."""
+class _Found(NamedTuple):
+    """What is found at every predicted position, `[batch, length - 1]`."""
 
     kl: jax.Array
-    kl_squared: jax.Array
     nll: jax.Array
     nll_reference: jax.Array
     same: jax.Array
@@ -109,7 +108,7 @@ def evaluate_all(
     if not batches or not qparams:
         raise JQuantError("evaluate: nothing to compare; give at least one batch, as in [tokens], and one tree")
     get = tokens or (lambda batch: jax.tree.leaves(batch)[0])
-    sums: dict[str, list[tuple[int, _Sums]]] = {name: [] for name in qparams}
+    found: dict[str, list[_Found]] = {name: [] for name in qparams}
     with Progress(len(batches) * (1 + len(qparams)), "evaluating", "runs") as progress:
         for batch in batches:
             text = jnp.asarray(get(batch))
@@ -118,10 +117,10 @@ def evaluate_all(
             reference = _logits(apply, params, batch)
             progress.step()
             for name, tree in qparams.items():
-                found = jax.device_get(_compare(reference, _logits(apply, tree, batch), text))
-                sums[name].append((text.shape[1] - 1, found))
+                logits = reference if tree is params else _logits(apply, tree, batch)
+                found[name].append(jax.device_get(_compare(reference, logits, text)))
                 progress.step(name)
-    return {name: _evaluation(s, tree_nbytes(qparams[name]), tree_nbytes(params)) for name, s in sums.items()}
+    return {name: _evaluation(f, tree_nbytes(qparams[name]), tree_nbytes(params)) for name, f in found.items()}
 
 
 def _logits(apply: Callable[..., Any], params: Any, batch: Any) -> jax.Array:
@@ -139,34 +138,30 @@ _CHUNK = 64
 
 
 @jax.jit
-def _compare(reference: jax.Array, logits: jax.Array, tokens: jax.Array) -> _Sums:
+def _compare(reference: jax.Array, logits: jax.Array, tokens: jax.Array) -> _Found:
     """Logits `[batch, length, vocab]`, tokens `[batch, length]`. The last position predicts nothing that is known."""
     batch, length = tokens.shape
     at = jnp.arange(batch * (length - 1))
     rows, positions = at // (length - 1), at % (length - 1)
     one = lambda i: _position(reference[i[0], i[1]], logits[i[0], i[1]], tokens[i[0], i[1] + 1])
     found = jax.lax.map(one, (rows, positions), batch_size=min(_CHUNK, at.size))
-    return _Sums(*(jnp.sum(v.reshape(batch, length - 1), axis=1) for v in found))
+    return jax.tree.map(lambda v: v.reshape(batch, length - 1), found)
 
 
-def _position(reference: jax.Array, logits: jax.Array, target: jax.Array) -> _Sums:
+def _position(reference: jax.Array, logits: jax.Array, target: jax.Array) -> _Found:
     """One position: logits `[vocab]` -> scalars."""
     p, q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (reference, logits))
     kl = jnp.sum(jnp.exp(p) * (p - q))
     same = jnp.argmax(reference) == jnp.argmax(logits)
-    return _Sums(kl, kl**2, -q[target], -p[target], same.astype(jnp.int32))
+    return _Found(kl, -q[target], -p[target], same)
 
 
-def _evaluation(sums: list[tuple[int, _Sums]], nbytes: int, nbytes_reference: int) -> Evaluation:
-    count = sum(length * s.kl.shape[0] for length, s in sums)
-    kl, kl_squared, nll, nll_reference, same = (
-        float(np.sum(np.concatenate(column), dtype=np.float64)) / count for column in zip(*(s for _, s in sums))
-    )
-    means = np.concatenate([np.asarray(s.kl, np.float64) / length for length, s in sums])
-    if len(means) > 1:
-        spread = float(np.var(means, ddof=1)) / len(means)
-    else:
-        spread = max(kl_squared - kl**2, 0.0) / count
+def _evaluation(found: list[_Found], nbytes: int, nbytes_reference: int) -> Evaluation:
+    kl, nll, nll_reference, same = (np.concatenate([v.ravel() for v in column]).astype(float) for column in zip(*found))
+    means = np.concatenate([np.mean(f.kl, axis=1, dtype=float) for f in found])
+    spread = means if len(means) > 1 else kl
+    stderr = np.std(spread, ddof=1) / math.sqrt(len(spread)) if len(spread) > 1 else 0.0
     return Evaluation(
-        kl, math.sqrt(spread), math.exp(nll), math.exp(nll_reference), same, nbytes, nbytes_reference
+        float(kl.mean()), float(stderr), math.exp(nll.mean()), math.exp(nll_reference.mean()), float(same.mean()),
+        nbytes, nbytes_reference,
     )  # fmt: skip
