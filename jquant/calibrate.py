@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from jquant.core.errors import JQuantError, NonFiniteError, RecipeError
-from jquant.core.qtensor import is_qtensor
 from jquant.core.stats import Stats, merge
 from jquant.progress import Progress
 from jquant.trace import interpreter, view
@@ -18,8 +17,9 @@ __all__ = ["Stats", "calibrate", "merge"]
 
 
 def calibrate(
-    apply: Callable[..., Any], params: Any, batches: Iterable[Any], *, paths: Iterable[str] | None = None, gram: bool = True
-) -> dict[str, Stats]:
+    apply: Callable[..., Any], params: Any, batches: Iterable[Any], *,
+    paths: Iterable[str] | None = None, gram: bool = True,
+) -> dict[str, Stats]:  # fmt: skip
     """Statistics of the inputs of every matmul that reads a parameter.
 
     One forward pass of the float (or quantized) model over `batches`, jit-compiled once for each shape of batch. Leaves
@@ -54,7 +54,7 @@ def calibrate(
             run = _program(programs, apply, params, args, kwargs, wanted, gram)
             seen, reader, shapes = run(args, kwargs)
             if members is not None and reader.members != members:
-                raise JQuantError("calibrate: batches of different shapes run through different matmuls; give one shape")
+                raise JQuantError("calibrate: batches of different shapes meet different matmuls; give one shape")
             members = reader.members
             _check_finite(members, seen)
             totals = seen if totals is None else _merge_all(totals, seen)
@@ -79,7 +79,7 @@ def _program(programs: Any, apply: Any, params: Any, args: Any, kwargs: Any, wan
         reader = ObserveReader(wanted, gram)
         programs[key] = (jax.jit(_observer(traced, reader)), reader)
     fn, reader = programs[key]
-    shapes = {p: tuple(jnp.shape(v)) if not is_qtensor(v) else v.shape for p, v in zip(traced.paths, traced.leaves, strict=True)}
+    shapes = {p: tuple(jnp.shape(v)) for p, v in zip(traced.paths, traced.leaves, strict=True)}
 
     def run(args: Any, kwargs: Any) -> Any:
         return fn(traced.leaves, traced.arrays), reader, shapes

@@ -52,18 +52,18 @@ def quantize(
 ) -> Any:
     """Quantizes the leaves of `params` that the recipe names and a matmul or lookup of `apply` reads.
 
-    A method that needs data walks the model: each weight is solved on the inputs that the already quantized part of the
-    model produces for it. A leaf that is read twice is solved when the last of its reads has been observed, and stays in
-    float for the reads before that. A leaf that is only looked up is rounded to nearest. On a terminal a line shows the
-    progress.
+    A method that needs data walks the model: each weight is solved on the inputs that the already quantized part of
+    the model produces for it. A leaf that is read twice is solved when the last of its reads has been observed, and
+    stays in float for the reads before that. A leaf that is only looked up is rounded to nearest. On a terminal a line
+    shows the progress.
 
     Args:
       apply: `apply(params, *args)`, pure.
       params: a pytree of arrays. Leaves that are QTensors already stay as they are.
       recipe: what: a Recipe, a mapping from patterns to formats, or one Format for all.
       method: how: `rtn()` (the default), `gptq()`, or a `chain` of several.
-      batches: calibration data: what `apply` takes after the parameters, arrays or tuples or dicts of arguments. Methods
-        without data need one for its shapes (`jax.ShapeDtypeStruct`s do).
+      batches: calibration data: what `apply` takes after the parameters, arrays or tuples or dicts of arguments.
+        Methods without data need one for its shapes (`jax.ShapeDtypeStruct`s do).
       resume: a folder in which the work is kept; a second call with the same arguments goes on where the first was
         stopped, and ends in the same bits.
 
@@ -116,7 +116,7 @@ def plan_targets(sites: Sites, params: Any, recipe: Recipe) -> dict[str, Target]
     if unread:
         some = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
         warnings.warn(
-            f"{len(unread)} leaves that the recipe names stay in float, since no matmul or lookup reads them whole: {some}. "
+            f"{len(unread)} leaves that the recipe names stay in float, no matmul or lookup reads them whole: {some}; "
             "find_sites says what reads them",
             JQuantWarning, stacklevel=3,
         )  # fmt: skip
@@ -195,7 +195,8 @@ def _bring_back(problem: _Problem, a: jax.Array) -> jax.Array:
 
 def _finish(problem: _Problem, done: Rounding, fmt: Format) -> QTensor:
     assert done.params is not None and done.codes is not None
-    params = BlockParams(*(None if a is None else _bring_back(problem, a) for a in done.params))
+    zero = None if done.params.zero_point is None else _bring_back(problem, done.params.zero_point)
+    params = BlockParams(_bring_back(problem, done.params.scale), zero)
     return from_codes(
         _bring_back(problem, done.codes), params, fmt, problem.contracted, problem.shape, problem.dtype
     )  # fmt: skip
@@ -344,7 +345,9 @@ def _rows_of(done: Rounding, start: int, stop: int, shared: bool) -> Rounding:
 
 def _flat_stats(stats: Stats, batch: int) -> Stats:
     """Statistics with one leading batch axis."""
-    return Stats(*(None if a is None else a.reshape(batch, *a.shape[a.ndim - k :]) for a, k in zip(stats, (2, 1, 1, 0), strict=True)))
+    gram = None if stats.gram is None else stats.gram.reshape(batch, *stats.gram.shape[-2:])
+    n = stats.absmax.shape[-1]
+    return Stats(gram, stats.abs_sum.reshape(batch, n), stats.absmax.reshape(batch, n), stats.tokens.reshape(batch))
 
 
 def _assemble(path: str, target: Target, walk: Walk, units: dict[Unit, QTensor]) -> QTensor:

@@ -42,7 +42,7 @@ def fingerprint(paths: list[str], leaves: list[Any], batches: Any, *names: str) 
 
 def _checksum(leaf: Any) -> bytes:
     parts = [np.ascontiguousarray(np.asarray(a)) for a in jax.tree.leaves(leaf)]
-    return ";".join(f"{a.shape}{a.dtype}{zlib.crc32(a.reshape(-1).view(np.uint8))}" for a in parts).encode()
+    return ";".join(f"{a.shape}{a.dtype}{zlib.crc32(_plain(a).reshape(-1).data)}" for a in parts).encode()
 
 
 class Store:
@@ -81,7 +81,7 @@ class Store:
         self.last = time.monotonic()
         arrays = {f"{b}/{i}": np.asarray(a) for b, values in enumerate(live()) for i, a in enumerate(values)}
         target = self.folder / f"state-{stop + 1}.npz"
-        _write(target, lambda f: np.savez(f, **{k: _plain(a) for k, a in arrays.items()}, **_dtypes(arrays)))
+        _write(target, lambda f: _save_arrays(f, arrays))
         for old in self.folder.glob("state-*.npz"):
             if old != target:
                 old.unlink()
@@ -115,11 +115,13 @@ def _dtype(name: str) -> Any:
 
 def _plain(a: np.ndarray) -> np.ndarray:
     # npz knows no bfloat16: its bits are kept, its name beside them.
-    return a if a.dtype.kind in "biufc" else a.view(f"u{a.dtype.itemsize}")
+    return a if a.dtype.kind in "biufcU" else a.view(f"u{a.dtype.itemsize}")
 
 
-def _dtypes(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {"dtype:" + k: np.asarray(a.dtype.name) for k, a in arrays.items()}
+def _save_arrays(f: Any, arrays: dict[str, np.ndarray]) -> None:
+    names = {"dtype:" + k: np.asarray(a.dtype.name) for k, a in arrays.items()}
+    everything: dict[str, Any] = {**{k: _plain(a) for k, a in arrays.items()}, **names}
+    np.savez(f, **everything)
 
 
 def _write(path: Path, fill: Any) -> None:
@@ -137,7 +139,7 @@ def _save_unit(f: Any, unit: Unit, q: QTensor) -> None:
         "unit": unit, "planes": len(q.codes), "zero": q.zero_point is not None, "format": dataclasses.asdict(q.format),
         "contracted": q.contracted, "inner": q.inner, "pad": q.pad, "dtype": q.dtype.name,
     }  # fmt: skip
-    np.savez(f, static=np.asarray(json.dumps(static)), **{k: _plain(a) for k, a in arrays.items()}, **_dtypes(arrays))
+    _save_arrays(f, {**arrays, "static": np.asarray(json.dumps(static))})
 
 
 def _tuples(x: Any) -> Any:

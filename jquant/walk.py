@@ -2,7 +2,8 @@
 
 The model's line of parts (`trace.program`) is run once. In front of each group of matmuls that share an input the walk
 stops, accumulates that input's statistics over all batches, has the group solved, and goes on with the quantized
-weights. It holds the parameters, the activations that cross the cut, one batch of a part's temporaries and one group's statistics.
+weights. It holds the parameters, the activations that cross the cut, one batch of a part's temporaries and one group's
+statistics.
 """
 
 from collections.abc import Callable, Iterable
@@ -159,8 +160,7 @@ class Walk:
             if bad:
                 raise NonFiniteError(
                     f"{unit_name(unit)}: its input holds {bad} values that are NaN or infinite; look at the batches and "
-                    "at what comes before this leaf (in 16 bits, an overflow). What was solved before it is kept where "
-                    "`resume` is set"
+                    "at what comes before this leaf (in 16 bits, an overflow). With `resume`, what was solved is kept"
                 )
 
     def live_values(self) -> list[list[Any]]:

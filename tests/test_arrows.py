@@ -1,6 +1,6 @@
 """The arrows between the rooms: who may import whom. Read from the source, so nothing is imported here.
 
-    core <- solvers, ops <- trace, fold <- calibrate, quantize, sensitivity, kv_cache
+    core, progress <- solvers, ops <- trace, fold <- calibrate, quantize (with walk, resume), sensitivity, kv_cache
          <- models, checkpoint, evaluate, report <- cli
 
 A room may import rooms of earlier groups and of its own group, as long as the rooms form no cycle.
@@ -17,10 +17,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 GROUPS = (
-    {"core"},
+    {"core", "progress"},
     {"solvers", "ops"},
     {"trace", "fold"},
-    {"calibrate", "quantize", "sensitivity", "kv_cache"},
+    {"calibrate", "quantize", "walk", "resume", "sensitivity", "kv_cache"},
     {"models", "checkpoint", "evaluate", "report"},
     {"cli"},
 )

@@ -186,7 +186,7 @@ def _patches(use: Use) -> jax.Array:
 def gather_stats(members: dict[Member, None], observed: dict[int, Observed], shape: tuple[int, ...]) -> Observed:
     """The statistics of one leaf from the arrays it reads.
 
-    Its batch axes are brought into the leaf's order; static indices are put side by side, and what was never seen is zero.
+    Its batch axes are brought into the leaf's order; static indices are put side by side, what was never seen is zero.
     """
     total: Observed | None = None
     for member in members:

@@ -7,6 +7,7 @@ slice. `plan` cuts the line in front of every group of wanted matmuls that share
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -113,7 +114,7 @@ class Line:
         if same in self._known:
             return self._known[same]
         avals = [v.aval for v in eqn.outvars]
-        outs = self._add(eqn, key, args, avals, lambda a, reader, frame: interpreter.step(eqn, a, reader, frame))
+        outs = self._add(eqn, key, args, avals, partial(interpreter.step, eqn))
         if same is not None:
             self._known[same] = outs
             self._alive.append(args)
@@ -147,7 +148,7 @@ class Line:
         if interpreter.is_ref(x):
             return interpreter.row_of(x, i)
         aval = jax.ShapeDtypeStruct(x.shape[1:], x.aval.dtype)
-        return self._add(None, ("row", i), [x], [aval], lambda a, *_: [jax.lax.index_in_dim(a[0], i, keepdims=False)])[0]
+        return self._add(None, ("row", i), [x], [aval], lambda a, *_: [a[0][i]])[0]
 
     def _array(self, x: Any) -> Any:
         if not interpreter.is_ref(x):
@@ -324,8 +325,8 @@ def _part(
     made |= {o for i in static for o in line.instrs[i].outs}
     outputs = [o for i in body for o in line.instrs[i].outs if o in later]
     numbering = _Numbering()
-    program = [_Numbered(line.instrs[i], numbering.operands(line.instrs[i].args), numbering.outs(line.instrs[i].outs)) for i in order]
-    tail = [_Numbered(line.instrs[i], numbering.operands(line.instrs[i].args), ()) for i in group.instrs]
+    program = [numbering.instr(line.instrs[i]) for i in order]
+    tail = [numbering.instr(line.instrs[i], outs=False) for i in group.instrs]
     inputs = tuple(s for s in numbering.numbers if s not in made)
     outs = tuple(sorted(outputs, key=lambda s: numbering.numbers[s]))
     key = (
@@ -367,11 +368,9 @@ class _Numbering:
     def sym(self, s: Sym) -> int:
         return self.numbers.setdefault(s, len(self.numbers))
 
-    def outs(self, outs: Sequence[Sym]) -> tuple[int, ...]:
-        return tuple(self.sym(s) for s in outs)
-
-    def operands(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(self._operand(a) for a in args)
+    def instr(self, instr: Instr, outs: bool = True) -> "_Numbered":
+        args = tuple(self._operand(a) for a in instr.args)
+        return _Numbered(instr, args, tuple(self.sym(s) for s in instr.outs) if outs else ())
 
     def _operand(self, a: Any) -> Any:
         if isinstance(a, Sym):
