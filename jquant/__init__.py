@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from jquant.trace.execute import explain, quantized
     from jquant.trace.sites import Site, Sites, find_sites
 
-# The same names once more, for the import at run time (tests/test_surface.py holds the two together).
+# The same names once more, for the import at run time (tests/cli/test_program.py holds the two together).
 _NAMES = {
     "calibrate": "calibrate",
     "checkpoint": "load save",
