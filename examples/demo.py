@@ -39,9 +39,9 @@ def main() -> None:
     sites = jq.find_sites(model.apply, model.params, calibration[0])
     sites_table(sites, model.params).show()
 
-    title(f"Quantize all linear layers of the blocks to {jq.INT4_G64}: round to nearest, then GPTQ")
+    title(f"Quantize the linear layers of the blocks to {jq.INT4_G64}: RTN, then GPTQ")
     rtn, rtn_seconds = timed(model, jq.rtn(), calibration[:1])
-    print(f"round to nearest: {rtn_seconds:.0f} s")
+    print(f"RTN (round to nearest): {rtn_seconds:.0f} s, without data")
     gptq, gptq_seconds = timed(model, jq.gptq(), batches(calibration, args.batch))
     print(f"GPTQ: {gptq_seconds:.0f} s, calibrated on {len(calibration)} windows of {LENGTH} tokens of calibration.txt")
 

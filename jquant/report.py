@@ -57,7 +57,8 @@ def _show_rich(table: Table, stream: TextIO) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    # Columns two spaces apart, as in the plain text: 80 columns are soon full.
+    shown = RichTable(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column, name in zip(table.columns, table.names):
         shown.add_column(name, justify="right" if column.startswith(">") else "left", overflow="fold")
     for row in table.rows:

@@ -31,7 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed help, the version or what is wrong
         return int(stop.code or 0)
     with _plain_warnings():
-        return _run(args)
+        code = _run(args)
+    if code == INTERRUPTED and argv is None:
+        # JAX's threads are still at work, and crash while the interpreter is taken down around them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _run(args: Namespace) -> int:

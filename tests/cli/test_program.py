@@ -91,3 +91,35 @@ def test_a_function_keeps_its_name_when_its_module_is_imported(name):
     code = f"import jquant, jquant.{name}; from jquant.{name} import {name} as f; assert jquant.{name} is f"
     done = program("-c", code + "; print('ok')")
     assert done.stdout == "ok\n", done.stderr
+
+
+# --- interruption ---
+
+INTERRUPTING = """
+import os, signal, sys, threading
+from jquant.cli import main
+import jquant.progress
+
+class Progress(jquant.progress.Progress):
+    def step(self, note="", steps=1):
+        super().step(note, steps)
+        if self.done == 2:  # while the work that the step started is going on
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+jquant.walk = __import__("jquant.walk", fromlist=["Progress"])
+jquant.walk.Progress = Progress
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupted_quantize_goes_on_where_it_stopped(files, tmp_path):
+    data = ["--calibration", files / "text.txt", "--samples", 3, "--length", 32, "--batch", 1]
+    command = ["quantize", files / "model", "--recipe", "int4-g16", *data]
+    command = [*command, "--out", tmp_path / "out", "--resume", tmp_path / "work"]
+    stopped = program("-c", INTERRUPTING, *command)
+    assert stopped.returncode == 130 and "jquant quantize" in stopped.stderr.splitlines()[-1], stopped.stderr
+    assert not (tmp_path / "out").exists() and (tmp_path / "work" / "job.json").exists()
+    done = program("-m", "jquant", *command)
+    assert done.returncode == 0 and f"{tmp_path / 'work'} is not needed any more" in done.stderr
+    assert (tmp_path / "out" / "jquant.json").exists()
