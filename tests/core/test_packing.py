@@ -40,7 +40,7 @@ def test_every_code_comes_back(bits):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 8, 9, 15, 17, 64])
+@pytest.mark.parametrize("n", [0, 1, 3, 8, 15, 64])
 def test_every_length_comes_back_in_the_bytes_it_needs(bits, n):
     codes = random_codes((3, n), bits)
     planes = pack(codes, bits)
@@ -54,7 +54,7 @@ def test_every_length_comes_back_in_the_bytes_it_needs(bits, n):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3), (2, 0, 3), (2, 1, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (2, 1, 3)], ids=str)
 def test_leading_axes_stay(bits, shape):
     codes = random_codes((*shape, 11), bits)
     planes = pack(codes, bits)

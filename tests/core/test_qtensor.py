@@ -12,7 +12,7 @@ import pytest
 
 from jquant.core import packing
 from jquant.core.errors import DamagedQTensorError, FormatError, JQuantError
-from jquant.core.formats import Format, compute_params, decode, encode
+from jquant.core.formats import Format, code_table, encode
 from jquant.core.qtensor import (
     QTensor,
     dequantize,
@@ -22,7 +22,15 @@ from jquant.core.qtensor import (
     to_rows,
     tree_nbytes,
 )
-from tests.core.cases import CODINGS, FEW_FORMATS, normal, rtn, same_bits, same_tree
+from tests.core.cases import (
+    CODINGS,
+    FEW_FORMATS,
+    any_bits,
+    normal,
+    rtn,
+    same_bits,
+    same_tree,
+)
 
 SHAPES = [(5,), (3, 7), (2, 3, 5), (2, 3, 1, 4)]
 AXES = [
@@ -47,7 +55,7 @@ def test_rows_and_back(shape, contracted):
 @pytest.mark.parametrize(("shape", "contracted"), AXES, ids=str)
 def test_shape_and_size_whatever_the_axes(shape, contracted):
     fmt = Format("int3", 3, symmetric=False, scale_dtype="bfloat16")  # groups that divide few of these axes
-    q = rtn(normal(shape), fmt, contracted)
+    q = any_bits(fmt, shape, contracted)
     n = math.prod(shape[a] for a in contracted)
     kept = tuple(shape[a] for a in range(len(shape)) if a not in contracted)
     rows = math.prod(kept)
@@ -59,23 +67,31 @@ def test_shape_and_size_whatever_the_axes(shape, contracted):
     assert q.scale.shape == (*kept, -(-n // 3))
 
 
-@pytest.mark.parametrize("fmt", FEW_FORMATS, ids=str)
-@pytest.mark.parametrize(("shape", "contracted"), [c for c in AXES if len(c[0]) in (1, 3)], ids=str)
-def test_dequantize_is_decode_of_encode(shape, contracted, fmt):
-    """The value of an element depends on its block only, not on where its axes stand."""
-    w = normal(shape)
-    rows = to_rows(w, contracted)
-    params = compute_params(rows, fmt)
-    want = decode(encode(rows, params, fmt), params, fmt)
-    axes = normalize_axes(contracted, len(shape))
-    out = rtn(w, fmt, contracted).dequantize()
-    assert same_bits(out, from_rows(want, axes, [shape[a] for a in axes]))
+@pytest.mark.parametrize(
+    ("shape", "contracted", "fmt"),
+    [
+        *[(*case, Format("int3", 4, False)) for case in AXES if len(case[0]) == 3],
+        *[((2, 3, 5), (0, 2), fmt) for fmt in FEW_FORMATS],
+    ],
+    ids=str,
+)
+def test_dequantize_is_the_formula_of_the_format(shape, contracted, fmt):
+    """(element - zero point) * scale, each block with its own, axes where they were. In NumPy, from the codes."""
+    q = any_bits(fmt, shape, contracted)
+    q = q.replace(scale=(1 + jnp.arange(q.scale.size).reshape(q.scale.shape) / 8).astype(fmt.scale_dtype))
+    out, codes = jax.jit(lambda q: (q.dequantize(), q.unpacked()))(q)
+    n = codes.shape[-1]
+    block = np.arange(n) // fmt.block if fmt.group_size else np.zeros(n, int)
+    zero = 0 if q.zero_point is None else np.asarray(q.zero_point, np.float32)[..., block]
+    rows = (code_table(fmt)[np.asarray(codes)] - zero) * np.asarray(q.scale, np.float32)[..., block]
+    kept = [a for a in range(len(shape)) if a not in contracted]
+    whole = rows.reshape([shape[a] for a in (*kept, *contracted)])
+    np.testing.assert_array_equal(out, np.moveaxis(whole, range(len(shape)), (*kept, *contracted)))
 
 
 @pytest.mark.parametrize("fmt", CODINGS, ids=str)
-@pytest.mark.parametrize("n", [1, 6, 13])
-def test_every_coding_in_group_and_odd_length(fmt, n):
-    fmt = fmt.replace(block=4)
+def test_every_coding_in_groups_and_an_odd_length(fmt):
+    fmt, n = fmt.replace(block=4), 13
     q = rtn(normal((n, 3)), fmt, (0,))
     codes = q.unpacked()
     assert codes.shape == (3, n)
@@ -106,13 +122,15 @@ def test_axes_named_twice():
 # --- empty -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", FEW_FORMATS, ids=str)
+EMPTY = [((0,), (0,)), ((0, 3), (0,)), ((3, 0), (0,)), ((0, 3, 2), (0, 1)), ((0, 0), (0, 1)), ((2, 0, 3), (0, 2))]
+
+
 @pytest.mark.parametrize(
-    ("shape", "contracted"),
-    [((0,), (0,)), ((0, 3), (0,)), ((3, 0), (0,)), ((0, 3, 2), (0, 1)), ((0, 0), (0, 1)), ((2, 0, 3), (0, 2))],
+    ("shape", "contracted", "fmt"),
+    [*[(*case, Format("int3", 5, False)) for case in EMPTY], *[((0, 3), (0,), fmt) for fmt in FEW_FORMATS]],
     ids=str,
 )
-def test_arrays_without_elements(fmt, shape, contracted):
+def test_arrays_without_elements(shape, contracted, fmt):
     q = rtn(jnp.zeros(shape, jnp.float32), fmt, contracted)
     assert q.shape == shape and q.size == 0
     assert same_bits(q.dequantize(), np.zeros(shape, np.float32))
@@ -133,7 +151,9 @@ def test_reads_as_the_array_it_stands_for():
     assert same_bits(jnp.asarray(q), w)
     assert same_bits(x @ q, x @ w)
     assert same_bits(jnp.einsum("bi,io->bo", x, q), jnp.einsum("bi,io->bo", x, w))
-    assert same_bits(jax.jit(lambda x, q: x @ q)(x, q), jax.jit(lambda x, w: x @ w)(x, w))
+    # Compiled together with the decoding, the eight terms may be added in another order.
+    bound = 2 * 8 * 2.0**-24 * (np.abs(x) @ np.abs(w))
+    assert (np.abs(jax.jit(lambda x, q: x @ q)(x, q) - x @ w) <= bound).all()
     assert (
         same_bits(q[...], w)
         and same_bits(q[2:4, 0], w[2:4, 0])
@@ -157,7 +177,7 @@ def test_dequantize_maps_over_a_tree():
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", FEW_FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", FEW_FORMATS[1:3], ids=str)
 def test_a_cast_mapped_over_its_arrays_is_caught(fmt):
     q = rtn(normal((8, 6)), fmt, (0,))
     cast = jax.tree.map(lambda a: a.astype(jnp.bfloat16), q)
@@ -190,7 +210,7 @@ def test_a_cast_of_the_floats_alone_is_caught():
     ],
 )
 def test_arrays_that_do_not_belong_together_are_caught(change):
-    q = rtn(normal((19, 6)), Format("int3", 1, symmetric=False), (0,))
+    q = any_bits(Format("int3", 1, symmetric=False), (19, 6), (0,))
     with pytest.raises(DamagedQTensorError, match="do not belong together"):
         change(q).dequantize()
 
@@ -206,7 +226,7 @@ def test_astype_keeps_codes_and_refuses_integers():
 # --- copies ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", FEW_FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", FEW_FORMATS[2:4], ids=str)
 @pytest.mark.parametrize("duplicate", [lambda q: pickle.loads(pickle.dumps(q)), copy.copy, copy.deepcopy])
 def test_pickle_and_copy(fmt, duplicate):
     q = rtn(normal((9, 6), dtype="bfloat16"), fmt, (0,))
