@@ -15,9 +15,10 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+import jquant as jq
 from jquant.core.formats import Format, compute_params
 from jquant.core.paths import map_with_paths
-from jquant.core.qtensor import encode_array, to_rows
+from jquant.core.qtensor import QTensor, encode_array, to_rows
 
 FORMATS = [
     Format("int8"),
@@ -26,6 +27,10 @@ FORMATS = [
     Format("nf4", 4),
     Format("int8", "tensor"),
 ]
+
+
+# Compiling is most of these tests' time, and at these sizes nothing that runs needs the optimizer.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 class S(NamedTuple):
@@ -91,6 +96,18 @@ def contracted_axes(model: Model) -> dict[str, tuple[tuple[int, ...], int]]:
     return {path: (s.contracted, len(s.batch)) for path, s in first.items()}
 
 
+def _rtn(w: jax.Array, fmt: Format, contracted: Sequence[int], stacked: int = 0) -> QTensor:
+    return encode_array(w, compute_params(to_rows(w, contracted), fmt, stacked), fmt, contracted)
+
+
+_jitted_rtn = jax.jit(_rtn, static_argnums=(1, 2, 3), compiler_options=QUICK)
+
+
+def rtn(w: jax.Array, fmt: Format, contracted: Sequence[int], stacked: int = 0) -> QTensor:
+    """Round to nearest, nothing else; `stacked` leading axes with scales of their own where a block is a tensor."""
+    return _jitted_rtn(w, fmt, tuple(contracted), stacked)
+
+
 @functools.cache
 def _quantizer(name: str, fmt: Format) -> Callable[[Any], Any]:
     axes = contracted_axes(BANK[name])
@@ -98,16 +115,50 @@ def _quantizer(name: str, fmt: Format) -> Callable[[Any], Any]:
     def leaf(path: str, w: Any) -> Any:
         if path not in axes:
             return w
-        contracted, stacked = axes[path]
-        return encode_array(w, compute_params(to_rows(w, contracted), fmt, stacked), fmt, contracted)
+        return _rtn(w, fmt, *axes[path])
 
-    return jax.jit(lambda p: map_with_paths(leaf, p))
+    return jax.jit(lambda p: map_with_paths(leaf, p), compiler_options=QUICK)
 
 
 @functools.cache
 def quantize(name: str, fmt: Format) -> Any:
     """The model's parameters rounded to nearest, every leaf with a site along the axes of its first matmul."""
     return _quantizer(name, fmt)(BANK[name].params)
+
+
+def jitted(fn: Callable[..., Any], model: Model) -> Callable[..., Any]:
+    """`fn(params, *args)` under jit with the model's keyword arguments; strings among its arguments are static."""
+    static = [i + 1 for i, a in enumerate(model.args) if isinstance(a, str)]
+    run = lambda p, *args: fn(p, *args, **model.kwargs)
+    return jax.jit(run, static_argnums=static, compiler_options=QUICK)
+
+
+@functools.cache
+def plain(name: str) -> Callable[..., Any]:
+    """The float model under jit."""
+    return jitted(BANK[name].apply, BANK[name])
+
+
+@functools.cache
+def quantized(name: str) -> Callable[..., Any]:
+    """The quantized model under jit."""
+    return jitted(jq.quantized(BANK[name].apply), BANK[name])
+
+
+quick = functools.partial(jax.jit, compiler_options=QUICK)
+dequantize = quick(jq.dequantize)
+
+
+def assert_same(got, want, rtol=2e-6) -> None:
+    """The same tree, shapes and dtypes, and values within `rtol` of the largest."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert jnp.shape(a) == jnp.shape(b) and jnp.result_type(a) == jnp.result_type(b)
+        if jax.dtypes.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        wide = np.complex128 if jnp.issubdtype(jnp.result_type(a), jnp.complexfloating) else np.float64
+        a, b = np.asarray(a, wide), np.asarray(b, wide)
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(1.0, np.max(np.abs(b), initial=0.0)))
 
 
 def _attention_sites() -> list[S]:

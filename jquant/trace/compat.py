@@ -63,7 +63,7 @@ def scan_parts(eqn: JaxprEqn) -> ScanParts:
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[Closed, Any]:
-    """Traces `fn` at the shapes of `args` (arrays, tracers or ShapeDtypeStructs): its jaxpr and its output tree."""
+    """Traces `fn` at the shapes of `args` (arrays, tracers, ShapeDtypeStructs, `stand_in`s): jaxpr and output tree."""
     out: dict[str, Any] = {}
 
     def flat_fn(*flat: Any) -> list[Any]:
@@ -71,8 +71,8 @@ def trace(fn: Callable[..., Any], *args: Any) -> tuple[Closed, Any]:
         leaves, out["tree"] = jax.tree.flatten(result)
         return leaves
 
-    flat_args, in_tree = jax.tree.flatten(args)
-    return closed(jax.make_jaxpr(flat_fn)(*[abstract(a) for a in flat_args])), out["tree"]
+    flat_args, in_tree = jax.tree.flatten(args, is_leaf=lambda x: isinstance(x, _Stand))
+    return closed(jax.make_jaxpr(flat_fn)(*map(_argument, flat_args))), out["tree"]
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
@@ -81,6 +81,37 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
         return x
     aval = jax.typeof(x)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """The axes of a shard_map around us over which a value varies."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return frozenset()
+    return getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", frozenset())
+
+
+def _argument(x: Any) -> Any:
+    """What make_jaxpr is given for `x`. Inside a shard_map its type says where it varies, which no struct can say."""
+    if isinstance(x, _Stand):
+        return x.aval
+    return jax.typeof(x) if _varying(x) else abstract(x)
+
+
+class _Stand(NamedTuple):
+    aval: Any
+
+
+def stand_in(parts: Sequence[Any], shape: Sequence[int], dtype: Any) -> Any:
+    """For `trace`: an array computed from `parts`, varying over every axis of a shard_map over which one of them does."""
+    varying: frozenset[str] = frozenset().union(*map(_varying, parts))
+    if not varying:
+        return jax.ShapeDtypeStruct(tuple(shape), dtype)
+    like = next(t for t in map(jax.typeof, parts) if t.manual_axis_type.varying)
+    sharding = like.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
+    manual = like.manual_axis_type.update(varying=varying)
+    return _Stand(like.update(
+        shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding, manual_axis_type=manual
+    ))  # fmt: skip
 
 
 def bind(eqn: JaxprEqn, *args: Any) -> list[Any]:

@@ -72,7 +72,7 @@ def trace_call(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwar
         args, kwargs = rebuild(arrays)
         return apply(treedef.unflatten(leaves), *args, **kwargs)
 
-    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) if is_qtensor(v) else v for v in leaves]
+    shapes = [compat.stand_in(v.arrays, v.shape, v.dtype) if is_qtensor(v) else v for v in leaves]
     jaxpr, out_tree = compat.trace(call, shapes, arrays)
     return Traced(jaxpr, paths, leaves, arrays, out_tree)
 

@@ -238,21 +238,20 @@ def _enter_custom(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> li
     if reader.inline:
         return _enter_call(eqn, args, reader, frame)
     body = compat.closed(eqn.params["call_jaxpr"])
-    # What the function closed over, and the parameters, are constants to its derivative rule.
-    fixed = [i < eqn.params["num_consts"] or is_ref(a) for i, a in enumerate(args)]
+    # What the function closed over is constant to its derivative rule.
+    fixed = [i < eqn.params["num_consts"] for i, _ in enumerate(args)]
 
     def fn(*args: Any) -> list[Any]:
         inner = frame.inner(eqn)
         return _arrays(run(body, args, reader, inner), eqn, reader, inner)
 
     def original(args: Sequence[Any]) -> tuple[Callable[..., list[Any]], list[Any]]:
-        arrays = [a.array() if is_ref(a) else a for a in args]
-
         def call(*free: Any) -> list[Any]:
             it = iter(free)
-            return compat.bind(eqn, *[a if f else next(it) for a, f in zip(arrays, fixed, strict=True)])
+            values = [a if f else next(it) for a, f in zip(args, fixed, strict=True)]
+            return compat.bind(eqn, *[v.array() if is_ref(v) else v for v in values])
 
-        return call, [a for a, f in zip(arrays, fixed, strict=True) if not f]
+        return call, [a for a, f in zip(args, fixed, strict=True) if not f]
 
     return _CUSTOM[eqn.primitive.name](fn, original, args, fixed)
 

@@ -135,7 +135,7 @@ def chains(draw):
     shapes = jax.eval_shape(lambda x: x, leaf)
     for _ in range(draw(st.integers(0, 6))):
         step = draw(steps(arrays[-1].shape))
-        new = jax.eval_shape(lambda leaf, step=step: by_view(chain(leaf, done), step), shapes)
+        new = jax.eval_shape(lambda leaf, done=done, step=step: by_view(chain(leaf, done), step), shapes)
         if new is None:
             event(f"{step[0]} refused")
             assert step[0] in ("reshape", "slice"), "the other rearrangements can always be expressed"
@@ -176,7 +176,8 @@ def test_a_stackable_view_is_a_stack_of_the_views_of_its_slices(case):
     whole, rows = run(leaf)
     assert bits(whole) == bits(array)
     assert [bits(r) for r in rows] == [bits(a) for a in array]
-    one = view.from_stack(jax.eval_shape(lambda: jax.tree.map(lambda a: a[0], view.to_stack(chain(leaf, done)))), ref, 0)
+    first = jax.eval_shape(lambda: jax.tree.map(lambda a: a[0], view.to_stack(chain(leaf, done))))
+    one = view.from_stack(first, ref, by=0)
     named = [view.full_axis(one, a) for a in range(-len(one.value.shape), 0)] + [index.axis for index in one.stack]
     assert sorted(named) == list(range(-np.ndim(jq.dequantize(leaf)), 0))
 
