@@ -133,8 +133,8 @@ def _solve_one(
 
 
 def _hessian(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """H with a mean diagonal of 1, `[n, n]`, and 1 where an input channel is dead, else 0, `[n]`; at least float32."""
-    h = gram.astype(jnp.promote_types(gram.dtype, jnp.float32))
+    """H with a mean diagonal of 1, `[n, n]`, and 1 where an input channel is dead, else 0, `[n]`."""
+    h = gram if gram.dtype == jnp.float64 else gram.astype(jnp.float32)
     diagonal = jnp.diagonal(h)
     mean = jnp.mean(diagonal)
     return h / jnp.where(mean > 0, mean, 1), (diagonal <= 0).astype(h.dtype)

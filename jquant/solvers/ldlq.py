@@ -51,10 +51,9 @@ def make_plan(n: int, block_size: int, group: int | None) -> Plan:
         tile = _divisor_near(group, min(TILE, block_size))
         sizes = [block, group, tile]
     blocks = -(-n // block)
-    supers = max(1, round(blocks * block / SUPER))
-    sizes = [-(-blocks // supers) * block, *sizes]
-    distinct = tuple(dict.fromkeys(sizes))  # equal levels are one level
-    return Plan(n, supers * sizes[0], distinct, group)
+    together = -(-blocks // max(1, round(blocks * block / SUPER)))  # blocks in a super block
+    distinct = tuple(dict.fromkeys([together * block, *sizes]))  # equal levels are one level
+    return Plan(n, -(-blocks // together) * together * block, distinct, group)
 
 
 def _divisor_near(n: int, goal: int) -> int:
@@ -214,7 +213,8 @@ def _tile(f: jax.Array, columns: Columns, u: jax.Array, scales: Scales, fmt: For
 def round_columns(target: jax.Array, scales: Scales, fmt: Format) -> tuple[jax.Array, jax.Array]:
     """Codes (uint8) and values of `target` rounded to nearest; scales broadcast against it."""
     scale, inverse, zero = scales
-    code = encode_scaled(target * inverse, 0.0 if zero is None else zero, fmt)
+    scaled = (target * inverse).astype(jnp.float32)
+    code = encode_scaled(scaled, 0.0 if zero is None else zero.astype(jnp.float32), fmt)
     value = decode_codes(code, fmt).astype(target.dtype)
     return code, (value if zero is None else value - zero) * scale
 

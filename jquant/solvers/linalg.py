@@ -1,6 +1,7 @@
-"""The one factorization that the second-order solvers share: H = U D U^T, by a single Cholesky factorization.
+"""Triangular factorizations for the second-order solvers: H = U D U^T by a single Cholesky factorization.
 
-XLA's own Cholesky is used as it is: on a CPU a hand-blocked one built on matmuls was no faster at n = 4096.
+LAPACK's own routines reach a small part of a CPU's matmul rate, the less the busier the machine, so what is large is
+done by matmuls here. Everything runs on every device.
 """
 
 import jax
@@ -9,6 +10,46 @@ from jax import lax
 
 HIGHEST = lax.Precision.HIGHEST  # never TF32 or bf16 passes: a solver's float32 is float32 on every device
 MAX_DAMPING = 10.0
+
+
+def cholesky(a: jax.Array) -> jax.Array:
+    """The lower triangular L with A = L L^T, by block columns, each updated by those to its left.
+
+    Args:
+      a: `[n, n]`, symmetric positive definite; its upper triangle is not read.
+
+    Returns:
+      L, `[n, n]`, not finite if `a` isn't numerically definite.
+    """
+    n = len(a)
+    count = 1 if n < 256 else 4 if n < 2048 else 8  # more would be longer to compile
+    cuts = [n * i // count for i in range(count + 1)]
+    panels: list[jax.Array] = []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        panel = a[start:, start:stop]
+        for left in panels:
+            left = left[start - n :]
+            panel = panel - jnp.matmul(left, left[: stop - start].T, precision=HIGHEST)
+        top = jnp.tril(lax.linalg.cholesky(panel[: stop - start], symmetrize_input=False))
+        below = jnp.matmul(panel[stop - start :], lower_inverse(top).T, precision=HIGHEST) if stop < n else panel[:0]
+        panels.append(jnp.concatenate([top, below]))
+    return jnp.concatenate([jnp.pad(p, ((n - len(p), 0), (0, 0))) for p in panels], axis=1)
+
+
+def lower_inverse(lower: jax.Array) -> jax.Array:
+    """The inverse of a lower triangular matrix `[n, n]`, by forward substitution, row by row."""
+    eye, below = jnp.eye(len(lower), dtype=lower.dtype), jnp.tril(lower, -1)
+
+    def row(k, inverse):
+        return inverse.at[k].set((eye[k] - jnp.dot(below[k], inverse, precision=HIGHEST)) / lower[k, k])
+
+    return lax.fori_loop(0, len(lower), row, jnp.zeros_like(lower))
+
+
+def unit_upper_inverse(u: jax.Array) -> jax.Array:
+    """The inverse of a unit upper triangular `[n, n]`; on and below its diagonal nothing is read."""
+    reverse = jnp.triu(u, 1)[::-1, ::-1] + jnp.eye(len(u), dtype=u.dtype)
+    return lower_inverse(reverse)[::-1, ::-1]
 
 
 def udu(h: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -22,9 +63,9 @@ def udu(h: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       U `[n, n]` and the diagonal of D `[n]`, in the dtype of `h`; not finite if `h` isn't numerically definite.
     """
-    root = lax.linalg.cholesky(h[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
+    root = cholesky(h[::-1, ::-1])[::-1, ::-1]
     diagonal = jnp.diagonal(root)
-    return jnp.triu(root) / diagonal, diagonal**2
+    return jnp.triu(root / diagonal, 1) + jnp.eye(len(h), dtype=h.dtype), diagonal**2
 
 
 def damped_udu(h: jax.Array, damp: float) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -41,7 +82,7 @@ def damped_udu(h: jax.Array, damp: float) -> tuple[jax.Array, jax.Array, jax.Arr
 
     def unfinished(state):
         u, d, _, following = state
-        return ~(jnp.isfinite(d).all() & jnp.isfinite(u).all()) & (following <= MAX_DAMPING * 1.01)
+        return ~(jnp.isfinite(d).all() & jnp.isfinite(u).all()) & (following <= 1.01 * max(MAX_DAMPING, damp))
 
     def attempt(state):
         _, _, _, damping = state
@@ -53,18 +94,3 @@ def damped_udu(h: jax.Array, damp: float) -> tuple[jax.Array, jax.Array, jax.Arr
     finite = jnp.isfinite(d).all() & jnp.isfinite(u).all()
     return jnp.where(finite, u, eye), jnp.where(finite, d, 1), damping
 
-
-def unit_upper_inverse(u: jax.Array) -> jax.Array:
-    """The inverse of a unit upper triangular `[n, n]`, by back substitution; on and below its diagonal nothing is read.
-
-    In plain loops: for the many small blocks of a sweep, LAPACK's triangular solve took a hundred times as long.
-    """
-    n = u.shape[0]
-    eye = jnp.eye(n, dtype=u.dtype)
-    above = jnp.triu(u, 1)
-
-    def row(i, inverse):
-        k = n - 1 - i
-        return inverse.at[k].set(eye[k] - jnp.dot(above[k], inverse, precision=HIGHEST))
-
-    return lax.fori_loop(0, n, row, jnp.zeros_like(u))

@@ -1,0 +1,73 @@
+"""The factorization, the damping rule, and the plan of nested blocks."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jquant.solvers.ldlq import make_plan
+from jquant.solvers.linalg import cholesky, damped_udu, udu, unit_upper_inverse
+from tests.problems import correlated
+
+
+@pytest.mark.parametrize("n", [1, 37, 255, 257, 601, pytest.param(2050, marks=pytest.mark.slow)])
+def test_cholesky_is_numpys_and_reads_the_lower_triangle(n):
+    h = correlated(0, 1, n).h
+    want = np.linalg.cholesky(h)
+    garbage = np.triu(np.full((n, n), np.nan), 1)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(cholesky(jnp.asarray(h + garbage)), want, rtol=1e-9, atol=1e-9 * want.max())
+    single = cholesky(jnp.asarray(h, jnp.float32))
+    assert np.abs(single @ single.T - h).max() < 1e-6 * np.trace(h)
+
+
+@pytest.mark.parametrize("n", [40, 300])
+def test_cholesky_of_an_indefinite_matrix_is_not_finite(n):
+    assert not jnp.isfinite(cholesky(jnp.eye(n).at[n // 2, n // 2].set(-1.0))).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 37])
+def test_udu_is_a_factorization_into_triangles(n):
+    h = correlated(0, 1, n).h
+    with jax.enable_x64(True):
+        u, d = udu(jnp.asarray(h))
+        np.testing.assert_allclose(u @ jnp.diag(d) @ u.T, h, rtol=1e-10, atol=1e-10 * np.trace(h))
+    np.testing.assert_array_equal(np.tril(u), np.eye(n))
+    assert (np.asarray(d) > 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 37])
+def test_unit_upper_inverse_reads_only_what_is_above_the_diagonal(n):
+    a = np.random.default_rng(0).normal(size=(n, n))
+    with jax.enable_x64(True):
+        inverse = unit_upper_inverse(jnp.asarray(a))
+    np.testing.assert_allclose(inverse, np.linalg.inv(np.triu(a, 1) + np.eye(n)), rtol=1e-8, atol=1e-8)
+
+
+def test_damping_is_the_first_of_the_powers_of_ten_that_will_do():
+    ones = jnp.ones((8, 8))
+    assert damped_udu(jnp.eye(8), 0.0)[2] == 0
+    assert damped_udu(ones, 0.01)[2] == jnp.float32(0.01)
+    assert damped_udu(ones, 100.0)[2] == 100
+    # The least eigenvalue is -0.05: 0.01 is too little, 0.1 is enough.
+    u, d, damping = jax.jit(lambda h: damped_udu(h, 0.01))(jnp.eye(8).at[0, 0].set(-0.05))
+    assert damping == pytest.approx(0.1) and jnp.isfinite(u).all() and (d > 0).all()
+
+
+def test_damping_ends_and_leaves_the_identity():
+    u, d, damping = damped_udu(-100 * jnp.eye(4), 0.01)
+    np.testing.assert_array_equal(u, np.eye(4))
+    np.testing.assert_array_equal(d, 1)
+    assert damping == pytest.approx(10)
+
+
+@hypothesis.given(st.integers(1, 5000), st.integers(1, 600), st.none() | st.integers(1, 600))
+def test_blocks_nest_and_cover_all_columns(n, block_size, group):
+    plan = make_plan(n, block_size, group)
+    assert plan.n == n <= plan.padded and plan.padded % plan.sizes[0] == 0
+    assert all(a > b and a % b == 0 for a, b in zip(plan.sizes, plan.sizes[1:], strict=False))
+    if group is not None:
+        assert group in plan.sizes
+    assert plan.padded - n < max(plan.sizes[0], group or 1)
