@@ -54,7 +54,8 @@ def main() -> None:
     ]
     evaluation_table(rows).show()
     embedding = megabytes(model.params["embed"]["embedding"].nbytes)
-    print(f"KL in nats per token; MB of everything, of which {embedding} are the embedding, kept in float32.")
+    print("KL in nats per token, with its standard error over the windows.")
+    print(f"MB of everything; {embedding} of them are the embedding, which stays in float32.")
     del rtn
 
     title("Two continuations of one prompt, greedily")
