@@ -8,6 +8,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.core.qtensor import is_qtensor
+
 JaxprEqn = jex.JaxprEqn
 Literal = jex.Literal
 
@@ -76,9 +78,11 @@ def trace(fn: Callable[..., Any], *args: Any) -> tuple[Closed, Any]:
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype, weak type of an array, tracer or scalar."""
+    """Shape, dtype, weak type of an array, tracer or scalar; of a QTensor those of the array that it stands for."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
+    if is_qtensor(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
     aval = jax.typeof(x)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
@@ -102,7 +106,7 @@ class _Stand(NamedTuple):
 
 
 def stand_in(parts: Sequence[Any], shape: Sequence[int], dtype: Any) -> Any:
-    """For `trace`: an array computed from `parts`, varying over every axis of a shard_map over which one of them does."""
+    """For `trace`: an array computed from `parts`, varying over the axes of a shard_map over which one of them does."""
     varying: frozenset[str] = frozenset().union(*map(_varying, parts))
     if not varying:
         return jax.ShapeDtypeStruct(tuple(shape), dtype)
@@ -141,20 +145,54 @@ def sub_jaxprs(eqn: JaxprEqn) -> list[Closed]:
     return found
 
 
+_CUSTOM_CALLS = frozenset(("custom_jvp_call", "custom_vjp_call"))
+
+
+def eqn_key(eqn: JaxprEqn) -> Any:
+    """What an equation computes from its operands, hashable: equal equations, of two layers say, have equal keys.
+
+    The derivative rules of custom_jvp and custom_vjp are left out: every trace makes new functions of them.
+    """
+    params = eqn.params
+    if eqn.primitive.name in _CUSTOM_CALLS:
+        params = {k: params[k] for k in ("call_jaxpr", "num_consts")}
+    return (eqn.primitive.name, static_key(dict(params)))
+
+
 def static_key(value: Any) -> Any:
-    """A hashable stand-in for an equation's parameter: equal parameters give equal keys."""
+    """A hashable stand-in for an equation's parameter: equal keys only for equal parameters, while both are alive."""
     if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-        consts = tuple((id(c)) for c in closed(value).consts)
-        return ("jaxpr", str(value), consts)
+        return _jaxpr_key(closed(value))
     if isinstance(value, tuple | list):
-        return tuple(static_key(v) for v in value)
+        return (type(value).__name__, *map(static_key, value))
+    if isinstance(value, dict):
+        return ("dict", *((k, static_key(value[k])) for k in sorted(value, key=str)))
     if isinstance(value, np.ndarray | jax.Array):
-        return ("array", value.shape, str(value.dtype), np.asarray(value).tobytes())
+        return _array_key(value)
     try:
         hash(value)
-        return value
     except TypeError:
-        return ("repr", repr(value))
+        return ("id", id(value))
+    return (type(value).__name__, value)  # 1, 1.0 and True are equal to Python
+
+
+def _array_key(value: Any) -> Any:
+    # Comparing large arrays would cost more than it saves.
+    if isinstance(value, jax.core.Tracer) or value.size > 1024 or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return ("id", id(value))
+    return ("array", value.shape, str(value.dtype), np.asarray(value).tobytes())
+
+
+def _jaxpr_key(jaxpr: Closed) -> Any:
+    """The equations with variables by number: names and the order of tracing do not matter, constants do."""
+    numbers: dict[Any, int] = {}
+
+    def name(v: Any) -> Any:
+        return literal_key(v) if is_literal(v) else numbers.setdefault(v, len(numbers))
+
+    ins = tuple((name(v), str(v.aval)) for v in (*jaxpr.constvars, *jaxpr.invars))
+    body = tuple((eqn_key(e), tuple(map(name, e.invars)), tuple(map(name, e.outvars))) for e in jaxpr.eqns)
+    return ("jaxpr", ins, tuple(map(static_key, jaxpr.consts)), body, tuple(map(name, jaxpr.outvars)))
 
 
 def literal_key(v: Any) -> Any:

@@ -115,7 +115,7 @@ def _plain(eqn: compat.JaxprEqn, args: list[Any], reader: Reader, frame: Frame) 
     """An equation that reads no parameter. A rearrangement of an array is made once, so that sites share inputs."""
     if eqn.primitive.name not in SAME_DATA:
         return compat.bind(eqn, *args)
-    key = (eqn.primitive.name, compat.static_key(tuple(sorted(eqn.params.items(), key=lambda kv: kv[0]))))
+    key = compat.eqn_key(eqn)
     key = (*key, *map(id, args))
     if key not in frame.known:
         frame.known[key] = (args, compat.bind(eqn, *args))  # the operands too: an id is theirs while they live

@@ -109,7 +109,7 @@ class Line:
         return self._record(eqn, args)
 
     def _record(self, eqn: compat.JaxprEqn, args: list[Any]) -> list[Any]:
-        key = (eqn.primitive.name, compat.static_key(tuple(sorted(eqn.params.items(), key=lambda kv: kv[0]))))
+        key = compat.eqn_key(eqn)
         same = (key, *map(id, args)) if eqn.primitive.name in interpreter.SAME_DATA else None
         if same in self._known:
             return self._known[same]

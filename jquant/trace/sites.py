@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jquant.core.qtensor import is_qtensor
 from jquant.trace import compat, interpreter, view
 from jquant.trace.function import trace_call
 from jquant.trace.uses import Dot, Use
@@ -171,11 +170,6 @@ def _reason(ref: Ref, eqn: Any) -> str:
     return f"read by {eqn.primitive.name}: dequantized there"
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The float array that a leaf is or stands for."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_qtensor(leaf) else compat.abstract(leaf)
-
-
 def find_sites(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
     """Every place where `apply(params, *args, **kwargs)` reads a parameter.
 
@@ -201,6 +195,6 @@ def find_sites(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         refs = [view.new_ref(p, v) for p, v in zip(traced.paths, leaves, strict=True)]
         interpreter.run_all(traced.jaxpr, [*refs, *arrays], reader, interpreter.Frame())
 
-    leaves = [_abstract(v) for v in traced.leaves]
+    leaves = [compat.abstract(v) for v in traced.leaves]
     jax.eval_shape(run, leaves, [compat.abstract(a) for a in traced.arrays])
     return reader.sites({p: tuple(v.shape) for p, v in zip(traced.paths, leaves, strict=True)})
