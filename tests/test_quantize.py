@@ -75,6 +75,7 @@ def same_bits(a, b):
 def by_hand(params, batches, method, fmt):
     """The sequential walk as a plain loop over this model, for the test to compare with."""
     out, xs = dict(params), list(batches)
+    solve = jax.jit(lambda state, stats: method.solve(state, stats, fmt))
     for i in range(LAYERS):
         p = dict(params[f"layer{i}"])
         for names, read in ((("a", "b"), lambda x, p: x), ("c", lambda x, p: jnp.tanh(x @ p["a"]) * (x @ p["b"]))):
@@ -82,7 +83,7 @@ def by_hand(params, batches, method, fmt):
             gram = jnp.asarray(sum(r.T @ r for r in rows), jnp.float32)[None]
             zero = jnp.zeros((1, gram.shape[-1]))
             for n in names:
-                done = method.solve(Rounding(p[n].T[None]), Stats(gram, zero, zero, jnp.ones(1)), fmt)
+                done = solve(Rounding(p[n].T[None]), Stats(gram, zero, zero, jnp.ones(1)))
                 q = jq.core.qtensor.from_codes(
                     done.codes[0], jax.tree.map(lambda a: a[0], done.params), fmt, (-2,), p[n].shape, jnp.float32
                 )
@@ -98,8 +99,10 @@ def test_the_walk_solves_each_weight_on_what_the_quantized_part_produces(model, 
     want = by_hand(params, batches, jq.gptq(), jq.INT3_G64)
     same = [np.mean(np.asarray(a) == np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True)]
     assert min(same) > 0.99  # the loop's Gram matrices are sums in another order: a code at a tie may flip
-    other = by_hand(params, [2 * b for b in batches], jq.gptq(), jq.INT3_G64)
-    assert np.mean(np.asarray(got["layer2"]["c"]) == np.asarray(other["layer2"]["c"])) < 0.9  # the test can fail
+    # The test can fail: on the float model's own activations the last weight comes out otherwise.
+    stats = jq.calibrate(unrolled, params, batches, paths=["layer2/c"])["layer2/c"]
+    alone = jq.gptq().solve(Rounding(params["layer2"]["c"].T[None]), jax.tree.map(lambda a: a[None], stats), jq.INT3_G64)
+    assert np.mean(np.asarray(alone.codes[0]) == np.asarray(by_gptq["layer2"]["c"].unpacked())) < 0.95
 
 
 def test_scanned_layers_give_the_bits_of_unrolled_ones(model, by_gptq):
@@ -195,7 +198,8 @@ def test_a_tied_embedding_is_solved_at_its_matmul_and_a_table_is_rounded():
         return jnp.tanh(p["embed"][t] + p["position"][: t.shape[0], None]) @ p["embed"].T
 
     p = {"embed": normal(0, 20, 16), "position": normal(1, 5, 16)}
-    q = jq.quantize(tied, p, jq.INT4, jq.gptq(), [jnp.arange(20).reshape(5, 4)])
+    with pytest.warns(jq.JQuantWarning, match="1 leaves that the recipe names stay in float.*position"):
+        q = jq.quantize(tied, p, jq.INT4, jq.gptq(), [jnp.arange(20).reshape(5, 4)])
     assert q["embed"].contracted == (-1,)
     assert not jq.is_qtensor(q["position"])  # sliced, then added: nothing reads its codes
 
@@ -225,8 +229,9 @@ def test_experts_are_solved_apart_and_one_without_tokens_is_reported():
         return jax.lax.ragged_dot(x, p["w"], sizes)
 
     p, x = {"w": normal(0, 3, 16, 8)}, normal(1, 40, 16)
-    with pytest.warns(jq.JQuantWarning, match="w: no calibration token reached 1 of its matrices"):
+    with pytest.warns(jq.JQuantWarning) as said:
         q = jq.quantize(moe, p, jq.INT3_G64, jq.gptq(), [(x, jnp.array([25, 0, 15]))])["w"]
+    assert any("w: no calibration token reached 1 of its matrices" in str(w.message) for w in said)
     rounded = jq.quantize(moe, p, jq.INT3_G64, jq.rtn(), [(x, jnp.array([25, 0, 15]))])["w"]
     np.testing.assert_array_equal(q.unpacked()[1], rounded.unpacked()[1])
     assert np.any(q.unpacked()[0] != rounded.unpacked()[0])

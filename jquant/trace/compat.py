@@ -83,6 +83,8 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
         return x
     if is_qtensor(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if is_qtensor(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
     aval = jax.typeof(x)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
