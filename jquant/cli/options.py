@@ -25,7 +25,7 @@ wrote.
 _QUANTIZE = """\
 recipes say what is quantized, and to which format:
   int4-g64                     all but embedding and head, which stay in float
-  '*mlp*=int4-g64,*=int8'      patterns over paths (`jquant inspect` shows them);
+  '*mlp*=int4-g64,*=int8'      patterns over paths (see `jquant inspect`);
                                the first match wins
   '*lm_head*=none,*=int4-g128' none keeps floats
 formats: int2 .. int8, nf4, fp8_e4m3, fp8_e5m2; then -g64 (a scale for every 64
