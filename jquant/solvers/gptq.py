@@ -18,6 +18,7 @@ Where the authors' code (github.com/IST-DASLab/gptq) differs from this file:
   silent about them, and an input that only calibration never saw still finds its weights.
 - its unit of the damping, the mean of the diagonal, counts a dead channel as 1, whatever the scale of H; as 0 here.
 - when a factorization fails, it stops. Here the damping grows tenfold until it succeeds, and `notes` say so.
+- the scales of a group that starts inside a block miss the corrections that the block has not yet handed on; not here.
 - with `act_order` its groups are scattered over memory (g_idx). Groups are static here: contiguous, with scales from W.
 - here a row that round to nearest serves better keeps round to nearest (measured in E H E^T, H without damping).
 """
@@ -47,6 +48,9 @@ def gptq(act_order: bool = False, damp: float = 0.01, block_size: int = 128, sea
       damp: added to the diagonal of H, in units of its mean.
       block_size: the paper's B, columns corrected at once. Changes speed, not results (up to the order of summation).
       search: clip every block where that lowers its squared error, as `rtn(search=True)` does.
+
+    On correlated random inputs (benchmarks/solver.py, n = 512, int4 in groups of 128) the objective relative to round to
+    nearest is 0.64; 0.46 with `act_order`; 0.54 with `search`; 0.41 with both.
 
     Works with every `Format`. Scales that an earlier method of a chain has chosen are used as they are. Computes in
     float32 (float64 if the Gram matrix is). Notes, each `[batch]`: "dead_channels", input channels that calibration saw
