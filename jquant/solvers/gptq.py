@@ -49,8 +49,8 @@ def gptq(act_order: bool = False, damp: float = 0.01, block_size: int = 128, sea
       block_size: the paper's B, columns corrected at once. Changes speed, not results (up to the order of summation).
       search: clip every block where that lowers its squared error, as `rtn(search=True)` does.
 
-    On correlated random inputs (benchmarks/solver.py, n = 512, int4 in groups of 128) the objective relative to round to
-    nearest is 0.64; 0.46 with `act_order`; 0.54 with `search`; 0.41 with both.
+    On correlated random inputs (benchmarks/solver.py, n = 512, int4 in groups of 128) the objective relative to round
+    to nearest is 0.64; 0.46 with `act_order`; 0.54 with `search`; 0.41 with both.
 
     Works with every `Format`. Scales that an earlier method of a chain has chosen are used as they are. Computes in
     float32 (float64 if the Gram matrix is). Notes, each `[batch]`: "dead_channels", input channels that calibration saw
