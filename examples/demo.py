@@ -42,7 +42,7 @@ def main() -> None:
     title(f"Quantize the linear layers of the blocks to {jq.INT4_G64}: RTN, then GPTQ")
     rtn, rtn_seconds = timed(model, jq.rtn(), calibration[:1])
     print(f"RTN (round to nearest): {rtn_seconds:.0f} s, without data")
-    gptq, gptq_seconds = timed(model, jq.gptq(), batches(calibration, args.batch))
+    gptq, gptq_seconds = timed(model, jq.gptq(act_order=True), batches(calibration, args.batch))
     print(f"GPTQ: {gptq_seconds:.0f} s, calibrated on {len(calibration)} windows of {LENGTH} tokens of calibration.txt")
 
     title(f"Compare with the float model on {len(evaluation)} windows of {LENGTH} tokens of evaluation.txt")
@@ -65,7 +65,7 @@ def main() -> None:
 
     title("Save")
     data = {"file": "calibration.txt", "windows": len(calibration), "length": LENGTH}
-    note = {"source": "demo", "recipe": "int4-g64", "method": "gptq()", "calibration": data}
+    note = {"source": "demo", "recipe": "int4-g64", "method": "gptq(act_order=True)", "calibration": data}
     jq.models.save(out, gptq, model.config, model.tokenizer, metadata=note, overwrite=args.overwrite)
     size, seconds = megabytes(folder_bytes(out)), time.monotonic() - started
     print(f"saved to {out}, {size} MB on disk, {seconds:.0f} s after the start.")
