@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 import jquant as jq
+from jquant.core import memory
 from jquant.models import Model
 from jquant.report import evaluation_table, megabytes, reference_row, row, sites_table
 
@@ -29,6 +30,7 @@ LENGTH = 512
 def main() -> None:
     """Six steps: load, look, quantize twice, compare, continue a prompt, save."""
     args, started = parse_args(), time.monotonic()
+    memory.give_back_at_once()
     out = free_folder(args.out, args.overwrite)
 
     title("Load SmolLM2-135M-Instruct (float32)")
@@ -78,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=int, default=64, metavar="N", help="windows for GPTQ [%(default)s]")
     parser.add_argument("--evaluation", type=int, default=8, metavar="N", help="windows to compare on [%(default)s]")
-    parser.add_argument("--batch", type=int, default=4, metavar="N", help="calibration windows at once [%(default)s]")
+    parser.add_argument("--batch", type=int, default=2, metavar="N", help="calibration windows at once [%(default)s]")
     parser.add_argument("--prompt", default="The package manager of Debian", help="what to continue [%(default)s]")
     parser.add_argument("--tokens", type=int, default=40, metavar="N", help="of each continuation [%(default)s]")
     parser.add_argument("--out", default="demo-out/smollm2-int4", metavar="DIR", help="where to save [%(default)s]")

@@ -10,7 +10,7 @@ from jquant.core.errors import JQuantError, NonFiniteError, RecipeError
 from jquant.core.stats import Stats, merge
 from jquant.progress import Progress
 from jquant.trace import interpreter, view
-from jquant.trace.function import Traced, call_args, trace_call
+from jquant.trace.function import Traced, call_args, call_key, trace_call
 from jquant.trace.observe import Observed, ObserveReader, gather_stats
 
 __all__ = ["Stats", "calibrate", "merge"]
@@ -51,8 +51,7 @@ def calibrate(
     with Progress(len(batches), "calibrating", "batches") as progress:
         for batch in batches:
             args, kwargs = call_args(batch)
-            run = _program(programs, apply, params, args, kwargs, wanted, gram)
-            seen, reader, shapes = run(args, kwargs)
+            seen, reader, shapes = _program(programs, apply, params, args, kwargs, wanted, gram)()
             if members is not None and reader.members != members:
                 raise JQuantError("calibrate: batches of different shapes meet different matmuls; give one shape")
             members = reader.members
@@ -73,18 +72,14 @@ def _merge_all(a: dict[int, Observed], b: dict[int, Observed]) -> dict[int, Obse
 
 def _program(programs: Any, apply: Any, params: Any, args: Any, kwargs: Any, wanted: Any, gram: bool) -> Any:
     """The compiled observer for the shapes of a batch."""
-    traced = trace_call(apply, params, args, kwargs)
-    key = tuple((a.shape, str(a.dtype)) for a in traced.arrays)
+    arrays, key = call_key(args, kwargs)
     if key not in programs:
+        traced = trace_call(apply, params, args, kwargs)
         reader = ObserveReader(wanted, gram)
-        programs[key] = (jax.jit(_observer(traced, reader)), reader)
-    fn, reader = programs[key]
+        programs[key] = (jax.jit(_observer(traced, reader)), reader, traced)
+    fn, reader, traced = programs[key]
     shapes = {p: tuple(jnp.shape(v)) for p, v in zip(traced.paths, traced.leaves, strict=True)}
-
-    def run(args: Any, kwargs: Any) -> Any:
-        return fn(traced.leaves, traced.arrays), reader, shapes
-
-    return run
+    return lambda: (fn(traced.leaves, arrays), reader, shapes)
 
 
 def _observer(traced: Traced, reader: ObserveReader) -> Callable[..., dict[int, Observed]]:

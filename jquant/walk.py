@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jquant.core import kept, memory
 from jquant.core.errors import JQuantError, NonFiniteError
 from jquant.progress import Progress
-from jquant.trace.function import Traced, call_args, trace_call
+from jquant.trace.function import call_args, call_key, trace_call
 from jquant.trace.observe import Member, Observed
 from jquant.trace.program import Line, Operand, Part, Sym, Unit, plan
 
@@ -40,9 +40,9 @@ Solve = Callable[[list[Job], dict[int, Observed]], dict[Unit, Any]]
 class _Batch:
     """One batch on its way through the model: the plan for its shape, and the live values."""
 
-    def __init__(self, traced: Traced, line: Line, parts: list[Part]):
+    def __init__(self, arrays: list[Any], line: Line, parts: list[Part]):
         self.parts = parts
-        self.fixed = {**dict(zip(line.arrays, traced.arrays, strict=True)), **line.consts}
+        self.fixed = {**dict(zip(line.arrays, arrays, strict=True)), **line.consts}
         self.live: dict[Sym, Any] = {}
 
     def value(self, s: Sym) -> Any:
@@ -79,13 +79,13 @@ class Walk:
 
     def _prepare(self, apply: Any, params: Any, batch: Any, wanted: set[str], gram: bool) -> _Batch:
         args, kwargs = call_args(batch)
-        traced = trace_call(apply, params, args, kwargs)
-        self.leaves = dict(zip(traced.paths, traced.leaves, strict=True))
-        key = tuple((a.shape, str(a.dtype)) for a in traced.arrays)
+        arrays, key = call_key(args, kwargs)
         if key not in self.plans:
+            traced = trace_call(apply, params, args, kwargs)
+            self.leaves = dict(zip(traced.paths, traced.leaves, strict=True))
             line = Line(traced)
             self.plans[key] = (line, plan(line, wanted, gram))
-        return _Batch(traced, *self.plans[key])
+        return _Batch(arrays, *self.plans[key])
 
     def __len__(self) -> int:
         return len(self.stops)
@@ -159,8 +159,8 @@ class Walk:
             bad = sum(int(jnp.sum(totals[m.group].nonfinite)) for m in groups)
             if bad:
                 raise NonFiniteError(
-                    f"{unit_name(unit)}: its input holds {bad} values that are NaN or infinite; look at the batches and "
-                    "at what comes before this leaf (in 16 bits, an overflow). With `resume`, what was solved is kept"
+                    f"{unit_name(unit)}: its input holds {bad} values that are NaN or infinite; look at the batches "
+                    "and at what comes before it (in 16 bits, an overflow). With `resume`, what was solved is kept"
                 )
 
     def live_values(self) -> list[list[Any]]:

@@ -101,7 +101,8 @@ def test_the_walk_solves_each_weight_on_what_the_quantized_part_produces(model, 
     assert min(same) > 0.99  # the loop's Gram matrices are sums in another order: a code at a tie may flip
     # The test can fail: on the float model's own activations the last weight comes out otherwise.
     stats = jq.calibrate(unrolled, params, batches, paths=["layer2/c"])["layer2/c"]
-    alone = jq.gptq().solve(Rounding(params["layer2"]["c"].T[None]), jax.tree.map(lambda a: a[None], stats), jq.INT3_G64)
+    rows, stats = params["layer2"]["c"].T[None], jax.tree.map(lambda a: a[None], stats)
+    alone = jq.gptq().solve(Rounding(rows), stats, jq.INT3_G64)
     assert np.mean(np.asarray(alone.codes[0]) == np.asarray(by_gptq["layer2"]["c"].unpacked())) < 0.95
 
 

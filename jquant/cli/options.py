@@ -148,7 +148,7 @@ def _add_quantize(commands: argparse._SubParsersAction) -> None:
     data.add_argument("--calibration", metavar="FILE", help=text)
     data.add_argument("--samples", type=_at_least(1), default=64, help="windows of the text to use [%(default)s]")
     data.add_argument("--length", type=_at_least(2), default=512, help="tokens in a window [%(default)s]")
-    data.add_argument("--batch", type=_at_least(1), default=4, help="windows at once: memory for speed [%(default)s]")
+    data.add_argument("--batch", type=_at_least(1), default=2, help="windows at once: memory for speed [%(default)s]")
     data.add_argument("--resume", metavar="DIR", help="keep the work here; after an interruption, go on from it")
     how = p.add_argument_group("settings of gptq")
     how.add_argument("--act-order", action="store_true", help="as gptq-act-order")

@@ -77,6 +77,14 @@ def trace_call(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwar
     return Traced(jaxpr, paths, leaves, arrays, out_tree)
 
 
+def call_key(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The arrays among the arguments, and a key: calls of equal keys have the same trace."""
+    rest, tree = jax.tree.flatten((tuple(args), kwargs))
+    arrays = [x for x in rest if is_array(x)]
+    shapes = tuple((x.shape, str(x.dtype)) if is_array(x) else repr(x) for x in rest)
+    return arrays, (tree, shapes)
+
+
 def call_args(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch, an array or a tuple or dict of arguments, as positional and keyword arguments."""
     if isinstance(batch, dict):
