@@ -227,7 +227,9 @@ def test_metadata_and_extra_files(tmp_path):
     assert read_metadata(tmp_path / "d") == {}
 
 
-@pytest.mark.parametrize("metadata", [{"a": object()}, {"a": float("nan")}, {"a": np.ones(2)}, {(1, 2): 3}], ids=name_of)
+@pytest.mark.parametrize(
+    "metadata", [{"a": object()}, {"a": float("nan")}, {"a": np.ones(2)}, {(1, 2): 3}], ids=name_of
+)
 def test_metadata_that_json_cannot_hold(tmp_path, metadata):
     with pytest.raises(CheckpointError, match="what JSON can hold"):
         save(tmp_path / "c", {}, metadata=metadata)
