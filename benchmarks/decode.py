@@ -22,7 +22,7 @@ import jquant as jq
 import jquant.models
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMATS = {"int8": "int8", "int4 g64": "int4-g64", "int3 g64": "int3-g64"}
+FORMATS = {"int8": "int8", "int4 g64": "int4-g64"}
 
 
 def variants(model: Any) -> dict[str, tuple[Any, Any]]:

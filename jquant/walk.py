@@ -76,6 +76,7 @@ class Walk:
         self.stops = stops
         self.units = set().union(*stops) if stops else set()
         self.compiled: dict[Any, tuple[Any, Part]] = {}
+        memory.give_back()
 
     def _prepare(self, apply: Any, params: Any, batch: Any, wanted: set[str], gram: bool) -> _Batch:
         args, kwargs = call_args(batch)
@@ -111,6 +112,7 @@ class Walk:
         with Progress(len(self) * runs, "quantizing", "steps", done=start * runs) as progress:
             for k in range(start, len(self)):
                 jobs, seen = self._stop(k, done, progress)
+                memory.give_back()
                 new = solve(jobs, seen)
                 done.update(new)
                 memory.give_back()

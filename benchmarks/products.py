@@ -1,0 +1,54 @@
+"""One product of activations with a weight on this device: float32, bfloat16 and the formats, milliseconds.
+
+    python benchmarks/products.py [--size 4096] [--rows 1 4 256]
+
+The floor is the bytes of the weight over the rate of a plain read of the float32 weight. Best of twelve runs of each, in turn.
+"""
+
+import argparse
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+
+import jquant as jq
+from jquant import ops
+from jquant.core.formats import compute_params
+from jquant.core.qtensor import encode_array
+
+FORMATS = ("int8", "int4-g64", "int4-g64-asym", "int3-g64", "nf4-g64")
+
+
+def best(fn, *args) -> float:
+    """Milliseconds of one call, compiled."""
+    fn = jax.jit(fn)
+    jax.block_until_ready(fn(*args))
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        jax.block_until_ready(fn(*args))
+        times.append(time.perf_counter() - start)
+    return min(times) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 256])
+    args = parser.parse_args()
+    w = jax.random.normal(jax.random.key(0), (args.size, args.size))
+    half = w.astype(jnp.bfloat16)
+    quantized = {f: encode_array(w, compute_params(w, jq.parse_format(f)), jq.parse_format(f), (-1,)) for f in FORMATS}
+    print("| rows | float32 | bfloat16 | " + " | ".join(FORMATS) + " |\n|" + "---|" * (len(FORMATS) + 3))
+    for rows in args.rows:
+        x = jax.random.normal(jax.random.key(1), (rows, args.size))
+        plain = [best(lambda x, w: x @ w, x, w), best(lambda x, w: x @ w, x.astype(jnp.bfloat16), half)]
+        packed = [best(lambda x, q: ops.dot(x, q)[0], x, q) for q in quantized.values()]
+        print(f"| {rows} | " + " | ".join(f"{t:.1f}" for t in [*plain, *packed]) + " |", flush=True)
+    read = w.nbytes / best(lambda w: jnp.sum(w, axis=0), w) / 1e6
+    print(f"\n{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}. A plain read: {read:.1f} GB/s.")
+
+
+if __name__ == "__main__":
+    main()
