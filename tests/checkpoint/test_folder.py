@@ -89,6 +89,17 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 # --- killed on the way -----------------------------------------------------------------------------------------------
 
 
+def _copy_tree(root: Path, copy: Path) -> None:
+    # Orbax's threads may remove a folder of their own while it is being copied: then once more.
+    for _ in range(50):
+        try:
+            shutil.copytree(root, copy, ignore_dangling_symlinks=True)
+            return
+        except (FileNotFoundError, shutil.Error):
+            shutil.rmtree(copy, ignore_errors=True)
+    raise AssertionError(f"{root} changes all the time")
+
+
 def snapshots(root: Path, copies: Path, work) -> list[Path]:
     """Runs `work` and copies `root` before every step that touches a file in it: what a kill then leaves."""
     out: list[Path] = []
@@ -104,7 +115,7 @@ def snapshots(root: Path, copies: Path, work) -> list[Path]:
         ):
             watching = False
             out.append(copies / str(len(out)))
-            shutil.copytree(root, out[-1], ignore_dangling_symlinks=True)
+            _copy_tree(root, out[-1])
             watching = True
 
     sys.addaudithook(hook)  # can't be removed: switched off below
