@@ -96,15 +96,15 @@ def test_a_function_keeps_its_name_when_its_module_is_imported(name):
 # --- interruption ---
 
 INTERRUPTING = """
-import os, signal, sys, threading
+import signal, sys
 from jquant.cli import main
 import jquant.progress
 
 class Progress(jquant.progress.Progress):
     def step(self, note="", steps=1):
         super().step(note, steps)
-        if self.done == 2:  # while the work that the step started is going on
-            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        if self.done == 2:  # here, not some time later: a signal that lands inside JAX may be swallowed there
+            signal.raise_signal(signal.SIGINT)
 
 jquant.walk = __import__("jquant.walk", fromlist=["Progress"])
 jquant.walk.Progress = Progress
