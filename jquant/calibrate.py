@@ -11,7 +11,7 @@ from jquant.core.stats import Stats, merge
 from jquant.progress import Progress
 from jquant.trace import interpreter, view
 from jquant.trace.function import Traced, call_args, call_key, trace_call
-from jquant.trace.observe import Observed, ObserveReader, gather_stats
+from jquant.trace.observe import Observed, ObserveReader, gather_stats, merge_all
 
 __all__ = ["Stats", "calibrate", "merge"]
 
@@ -56,18 +56,13 @@ def calibrate(
                 raise JQuantError("calibrate: batches of different shapes meet different matmuls; give one shape")
             members = reader.members
             _check_finite(members, seen)
-            totals = seen if totals is None else _merge_all(totals, seen)
+            totals = seen if totals is None else merge_all(totals, seen)
             progress.step()
     assert totals is not None and members is not None and shapes is not None
     missing = (wanted or set()) - set(members)
     if missing:
         raise RecipeError(f"calibrate: {sorted(missing)[0]} is read by no matmul that can be observed; see find_sites")
     return _share({p: (m, totals, shapes[p]) for p, m in members.items()})
-
-
-@jax.jit
-def _merge_all(a: dict[int, Observed], b: dict[int, Observed]) -> dict[int, Observed]:
-    return {k: a[k].merge(b[k]) for k in a}
 
 
 def _program(programs: Any, apply: Any, params: Any, args: Any, kwargs: Any, wanted: Any, gram: bool) -> Any:

@@ -16,7 +16,7 @@ from jquant.core import kept, memory
 from jquant.core.errors import JQuantError, NonFiniteError
 from jquant.progress import Progress
 from jquant.trace.function import call_args, call_key, trace_call
-from jquant.trace.observe import Member, Observed
+from jquant.trace.observe import Member, Observed, merge_all
 from jquant.trace.program import Line, Operand, Part, Sym, Unit, plan
 
 
@@ -131,7 +131,7 @@ class Walk:
             operands = [self._value(o, done, values) for o in part.operands]
             outs, seen = fn([batch.value(s) for s in part.inputs], operands)
             batch.advance(part, outs)
-            totals = seen if totals is None else _merge(totals, seen)
+            totals = seen if totals is None else merge_all(totals, seen)
             jax.block_until_ready(totals)  # one batch's temporaries at a time
             members = {unit: model.members.get(i, {}) for i, unit in part.observed.items()}
             progress.step(name)
@@ -176,11 +176,6 @@ class Walk:
             for part in batch.parts[:k]:
                 live = {s: None for s in [*live, *part.outputs] if s in part.later}
             batch.live = dict(zip(live, map(jnp.asarray, arrays), strict=True))
-
-
-@jax.jit
-def _merge(a: dict[int, Observed], b: dict[int, Observed]) -> dict[int, Observed]:
-    return {k: a[k].merge(b[k]) for k in a}
 
 
 def unit_name(unit: Unit) -> str:

@@ -25,6 +25,12 @@ class Observed(NamedTuple):
         return Observed(merge(self.stats, other.stats), self.nonfinite + other.nonfinite)
 
 
+@jax.jit
+def merge_all(a: dict[int, Observed], b: dict[int, Observed]) -> dict[int, Observed]:
+    """What two batches gave, by group number, together."""
+    return {k: a[k].merge(b[k]) for k in a}
+
+
 class Member(NamedTuple):
     """Where the statistics of a leaf are to be found.
 
