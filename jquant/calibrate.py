@@ -11,7 +11,7 @@ from jquant.core.stats import Stats, merge
 from jquant.progress import Progress
 from jquant.trace import interpreter, view
 from jquant.trace.function import Traced, call_args, call_key, trace_call
-from jquant.trace.observe import Observed, ObserveReader, gather_stats, merge_all
+from jquant.trace.observe import NEEDS, Observed, ObserveReader, gather_stats, merge_all
 
 __all__ = ["Stats", "calibrate", "merge"]
 
@@ -70,7 +70,7 @@ def _program(programs: Any, apply: Any, params: Any, args: Any, kwargs: Any, wan
     arrays, key = call_key(args, kwargs)
     if key not in programs:
         traced = trace_call(apply, params, args, kwargs)
-        reader = ObserveReader(wanted, gram)
+        reader = ObserveReader(wanted, NEEDS if gram else NEEDS - {"gram"})
         programs[key] = (jax.jit(_observer(traced, reader)), reader, traced)
     fn, reader, traced = programs[key]
     shapes = {p: tuple(jnp.shape(v)) for p, v in zip(traced.paths, traced.leaves, strict=True)}
@@ -93,7 +93,7 @@ def _check_finite(members: dict[str, Any], seen: dict[int, Observed]) -> None:
         bad = sum(int(counts[m.group]) for m in groups)
         if bad:
             raise NonFiniteError(
-                f"{path}: its input holds {bad} values that are NaN or infinite; look at the batch and at what comes "
+                f"{path}: {bad} channels of its input hold NaN or infinity; look at the batch and at what comes "
                 "before this leaf (in 16 bits, an overflow)"
             )
 

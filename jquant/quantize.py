@@ -244,7 +244,7 @@ def _walk(
     apply: Any, params: Any, targets: dict[str, Target], method: Method, batches: list[Any], recipe: Recipe, resume: Any
 ) -> dict[str, QTensor]:
     wanted = {p for p, t in targets.items() if t.observable}
-    walk = Walk(apply, params, batches, wanted, "gram" in method.needs)
+    walk = Walk(apply, params, batches, wanted, method.needs)
     solver = _Solver(walk, targets, method)
     store, start, solved = None, 0, {}
     if resume is not None:
@@ -345,9 +345,8 @@ def _rows_of(done: Rounding, start: int, stop: int, shared: bool) -> Rounding:
 
 def _flat_stats(stats: Stats, batch: int) -> Stats:
     """Statistics with one leading batch axis."""
-    gram = None if stats.gram is None else stats.gram.reshape(batch, *stats.gram.shape[-2:])
-    n = stats.absmax.shape[-1]
-    return Stats(gram, stats.abs_sum.reshape(batch, n), stats.absmax.reshape(batch, n), stats.tokens.reshape(batch))
+    lead = stats.tokens.ndim
+    return jax.tree.map(lambda a: a.reshape(batch, *a.shape[lead:]), stats)
 
 
 def _assemble(path: str, target: Target, walk: Walk, units: dict[Unit, QTensor]) -> QTensor:
@@ -373,4 +372,3 @@ def _put(whole: QTensor, unit: Unit, q: QTensor) -> QTensor:
     for axis, i in unit.at:
         where[kept.index(axis)] = i
     return jax.tree.map(lambda a, b: a.at[tuple(where)].set(b), whole, q.replace(contracted=whole.contracted))
-

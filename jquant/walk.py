@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from jquant.core import kept, memory
 from jquant.core.errors import JQuantError, NonFiniteError
+from jquant.core.qtensor import is_qtensor
 from jquant.progress import Progress
 from jquant.trace.function import call_args, call_key, trace_call
-from jquant.trace.observe import Member, Observed, merge_all
+from jquant.trace.observe import Member, Observed
 from jquant.trace.program import Line, Operand, Part, Sym, Unit, plan
 
 
@@ -60,15 +61,17 @@ class Walk:
       apply, params: the function and its float parameters.
       batches: what `apply` takes after the parameters.
       wanted: paths of the leaves to be solved.
-      gram: whether the statistics hold Gram matrices.
+      needs: the statistics that are accumulated.
 
     Attributes:
       units: every unit that some stop observes.
     """
 
-    def __init__(self, apply: Callable[..., Any], params: Any, batches: list[Any], wanted: set[str], gram: bool):
+    def __init__(
+        self, apply: Callable[..., Any], params: Any, batches: list[Any], wanted: set[str], needs: frozenset[str]
+    ):
         self.plans: dict[Any, tuple[Line, list[Part]]] = {}
-        self.batches = [self._prepare(apply, params, b, wanted, gram) for b in batches]
+        self.batches = [self._prepare(apply, params, b, wanted, needs) for b in batches]
         first = self.batches[0].parts
         stops = [set(p.observed.values()) for p in first]
         if any([set(p.observed.values()) for p in b.parts] != stops for b in self.batches):
@@ -78,14 +81,14 @@ class Walk:
         self.compiled: dict[Any, tuple[Any, Part]] = {}
         memory.give_back()
 
-    def _prepare(self, apply: Any, params: Any, batch: Any, wanted: set[str], gram: bool) -> _Batch:
+    def _prepare(self, apply: Any, params: Any, batch: Any, wanted: set[str], needs: frozenset[str]) -> _Batch:
         args, kwargs = call_args(batch)
         arrays, key = call_key(args, kwargs)
         if key not in self.plans:
             traced = trace_call(apply, params, args, kwargs)
             self.leaves = dict(zip(traced.paths, traced.leaves, strict=True))
             line = Line(traced)
-            self.plans[key] = (line, plan(line, wanted, gram))
+            self.plans[key] = (line, plan(line, wanted, needs))
         return _Batch(arrays, *self.plans[key])
 
     def __len__(self) -> int:
@@ -122,16 +125,18 @@ class Walk:
 
     def _stop(self, k: int, done: dict[Unit, Any], progress: Progress) -> tuple[list[Job], dict[int, Observed]]:
         totals: dict[int, Observed] | None = None
-        values: dict[Operand, Any] = {}
+        values: dict[Operand, jax.Array] = {}
         name = sorted(u.path for u in self.stops[k])[0]
         members: dict[Unit, dict[Member, None]] = {}
         for batch in self.batches:
             part = batch.parts[k]
-            fn, model = self._compile(part)
+            inputs = [batch.value(s) for s in part.inputs]
             operands = [self._value(o, done, values) for o in part.operands]
-            outs, seen = fn([batch.value(s) for s in part.inputs], operands)
+            fn, model = self._compile(part)
+            if totals is None:
+                totals = _zeros(jax.eval_shape(model.run, inputs, operands)[1])
+            outs, totals = fn(inputs, operands, totals)
             batch.advance(part, outs)
-            totals = seen if totals is None else merge_all(totals, seen)
             jax.block_until_ready(totals)  # one batch's temporaries at a time
             members = {unit: model.members.get(i, {}) for i, unit in part.observed.items()}
             progress.step(name)
@@ -142,14 +147,16 @@ class Walk:
 
     def _compile(self, part: Part) -> tuple[Any, Part]:
         if part.key not in self.compiled:
-            self.compiled[part.key] = (jax.jit(part.run), part)
+            self.compiled[part.key] = (jax.jit(_accumulating(part.run), donate_argnums=2), part)
         return self.compiled[part.key]
 
-    def _value(self, operand: Operand, done: dict[Unit, Any], values: dict[Operand, Any]) -> Any:
+    def _value(self, operand: Operand, done: dict[Unit, Any], values: dict[Operand, jax.Array]) -> jax.Array:
+        """What a part reads, in float: a quantized weight is decoded once for all batches."""
         if operand not in values:
             unit = operand.unit
             whole = done[unit] if unit in done else self.unit_value(unit)
-            values[operand] = kept.apply_cuts(whole, operand.cuts)
+            value = kept.apply_cuts(whole, operand.cuts)
+            values[operand] = _decoded(value) if is_qtensor(value) else value
         return values[operand]
 
     def unit_value(self, unit: Unit) -> Any:
@@ -161,7 +168,7 @@ class Walk:
             bad = sum(int(jnp.sum(totals[m.group].nonfinite)) for m in groups)
             if bad:
                 raise NonFiniteError(
-                    f"{unit_name(unit)}: its input holds {bad} values that are NaN or infinite; look at the batches "
+                    f"{unit_name(unit)}: {bad} channels of its input hold NaN or infinity; look at the batches "
                     "and at what comes before it (in 16 bits, an overflow). With `resume`, what was solved is kept"
                 )
 
@@ -176,6 +183,25 @@ class Walk:
             for part in batch.parts[:k]:
                 live = {s: None for s in [*live, *part.outputs] if s in part.later}
             batch.live = dict(zip(live, map(jnp.asarray, arrays), strict=True))
+
+
+_decoded: Any = jax.jit(lambda q: q.dequantize())
+
+
+def _accumulating(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A part's `run` that adds its statistics to those of the batches before."""
+
+    def step(
+        inputs: list[Any], operands: list[Any], totals: dict[int, Observed]
+    ) -> tuple[list[Any], dict[int, Observed]]:
+        outs, seen = run(inputs, operands)
+        return outs, {k: totals[k].merge(v) for k, v in seen.items()}
+
+    return step
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def unit_name(unit: Unit) -> str:

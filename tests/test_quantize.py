@@ -118,7 +118,7 @@ def test_scanned_layers_give_the_bits_of_unrolled_ones(model, by_gptq):
 def test_equal_layers_are_compiled_once(model):
     params, batches = model
     wanted = {f"layer{i}/{n}" for i in range(LAYERS) for n in "abc"}
-    walk = Walk(unrolled, params, batches, wanted, True)
+    walk = Walk(unrolled, params, batches, wanted, frozenset({"gram"}))
     walk.run(lambda jobs, seen: {})
     assert len(walk) == 2 * LAYERS
     # The first and second stop, and the two of any later layer: its input is no argument.
@@ -256,7 +256,7 @@ def test_bad_input_is_refused_before_any_work():
         jq.quantize(model, p, jq.INT4, jq.gptq(), [])
     with pytest.raises(jq.JQuantError, match="w: 1 of 32 weights are NaN"):
         jq.quantize(model, {**p, "w": p["w"].at[0, 0].set(jnp.nan)}, jq.INT4, jq.gptq(), [x])
-    with pytest.raises(jq.JQuantError, match="w: its input holds 8 values"):
+    with pytest.raises(jq.JQuantError, match="w: 1 channels of its input hold NaN"):
         jq.quantize(model, {**p, "bias": p["bias"].at[0].set(jnp.inf)}, jq.INT4, jq.gptq(), [jnp.ones((8, 8))])
 
 

@@ -1,6 +1,7 @@
 """`Stats`: what calibration accumulated at a site. A pytree of float32 sums; adding two is merging two batches."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +15,31 @@ class Stats(NamedTuple):
 
     Attributes:
       gram: `[*batch, n, n]`, the sum of x x^T, or None where no method asked for it.
-      abs_sum: `[*batch, n]`, the sum of |x|.
-      absmax: `[*batch, n]`, the largest |x|.
+      abs_sum: `[*batch, n]`, the sum of |x|, or None.
+      absmax: `[*batch, n]`, the largest |x|, or None.
       tokens: `[*batch]`, the number of tokens.
     """
 
     gram: jax.Array | None
-    abs_sum: jax.Array
-    absmax: jax.Array
+    abs_sum: jax.Array | None
+    absmax: jax.Array | None
     tokens: jax.Array
 
     @property
     def mean_abs(self) -> jax.Array:
         """Mean |x| per channel, `[*batch, n]`; zeros where no token was seen."""
+        if self.abs_sum is None:
+            raise ValueError('Stats: no abs_sum was accumulated; a method that reads mean_abs says needs={"mean_abs"}')
         return self.abs_sum / jnp.maximum(self.tokens, 1.0)[..., None]
 
 
 def merge(a: Stats, b: Stats) -> Stats:
-    """The stats of both sets of tokens together."""
-    gram = None if a.gram is None or b.gram is None else a.gram + b.gram
-    return Stats(gram, a.abs_sum + b.abs_sum, jnp.maximum(a.absmax, b.absmax), a.tokens + b.tokens)
+    """The stats of both sets of tokens together; what one of them does not have, the result does not."""
+    gram = _both(jnp.add, a.gram, b.gram)
+    return Stats(
+        gram, _both(jnp.add, a.abs_sum, b.abs_sum), _both(jnp.maximum, a.absmax, b.absmax), a.tokens + b.tokens
+    )
+
+
+def _both(combine: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    return None if a is None or b is None else jax.tree.map(combine, a, b)

@@ -269,7 +269,7 @@ def _input(use: Use) -> tuple[Any, ...]:
     return (kind, x, extra)
 
 
-def plan(line: Line, wanted: set[str], gram: bool) -> list[Part]:
+def plan(line: Line, wanted: set[str], needs: frozenset[str]) -> list[Part]:
     """Cuts the line in front of every group of uses of the wanted leaves.
 
     The parts together run what the inputs of those uses need, once, and nothing behind the last.
@@ -279,7 +279,7 @@ def plan(line: Line, wanted: set[str], gram: bool) -> list[Part]:
     ends = [g.position for g in groups]
     parts, start = [], 0
     for group, end in zip(groups, ends, strict=True):
-        parts.append(_part(line, start, end, group, groups, needed, gram))
+        parts.append(_part(line, start, end, group, groups, needed, needs))
         start = end
     return parts
 
@@ -311,7 +311,7 @@ def _needed(line: Line, groups: list[_Group]) -> set[int]:
 
 
 def _part(
-    line: Line, start: int, end: int, group: _Group, groups: list[_Group], needed: set[int], gram: bool
+    line: Line, start: int, end: int, group: _Group, groups: list[_Group], needed: set[int], needs: frozenset[str]
 ) -> Part:  # fmt: skip
     producers = _producers(line)
     body = [i for i in range(start, end) if i in needed and not line.instrs[i].static]
@@ -331,7 +331,7 @@ def _part(
     outs = tuple(sorted(outputs, key=lambda s: numbering.numbers[s]))
     key = (
         tuple((p.instr.key, p.args, p.outs) for p in program), tuple((p.instr.key, p.args) for p in tail),
-        tuple(numbering.numbers[s] for s in inputs), tuple(numbering.numbers[s] for s in outs), gram,
+        tuple(numbering.numbers[s] for s in inputs), tuple(numbering.numbers[s] for s in outs), needs,
         tuple((s.shape, str(s.aval.dtype)) for s in inputs),
     )  # fmt: skip
     observed = {
@@ -341,7 +341,7 @@ def _part(
         if interpreter.is_ref(a) and a.path in group.wanted
     }
     members: dict[int, dict[Member, None]] = {}
-    run = _runner(program, tail, numbering, inputs, outs, set(observed), gram, members)
+    run = _runner(program, tail, numbering, inputs, outs, set(observed), needs, members)
     operands = tuple(Operand(unit, cuts) for unit, cuts in numbering.refs)
     return Part(key, inputs, operands, outs, frozenset(later), observed, run, members)
 
@@ -385,14 +385,14 @@ class _Numbering:
 
 def _runner(
     program: list[_Numbered], tail: list[_Numbered], numbering: _Numbering, inputs: Sequence[Sym], outs: Sequence[Sym],
-    observed: set[int], gram: bool, members: dict[int, dict[Member, None]],
+    observed: set[int], needs: frozenset[str], members: dict[int, dict[Member, None]],
 ) -> Callable[..., Any]:  # fmt: skip
     ins, results = [numbering.numbers[s] for s in inputs], [numbering.numbers[s] for s in outs]
 
     def run(inputs: Sequence[Any], operands: Sequence[Any]) -> tuple[list[Any], dict[int, Observed]]:
         env = dict(zip(ins, inputs, strict=True))
         frame, execute = interpreter.Frame(), ExecuteReader()
-        observe = ObserveReader({str(i) for i in observed}, gram)
+        observe = ObserveReader({str(i) for i in observed}, needs)
 
         def value(a: Any, original: Any) -> Any:
             if a[0] == "sym":
