@@ -11,14 +11,14 @@ from jquant.core.stats import Stats, merge
 from jquant.progress import Progress
 from jquant.trace import interpreter, view
 from jquant.trace.function import Traced, call_args, call_key, trace_call
-from jquant.trace.observe import NEEDS, Observed, ObserveReader, gather_stats, merge_all
+from jquant.trace.observe import Observed, ObserveReader, gather_stats, merge_all
 
 __all__ = ["Stats", "calibrate", "merge"]
 
 
 def calibrate(
     apply: Callable[..., Any], params: Any, batches: Iterable[Any], *,
-    paths: Iterable[str] | None = None, gram: bool = True,
+    paths: Iterable[str] | None = None, gram: bool = True, histogram: bool = False,
 ) -> dict[str, Stats]:  # fmt: skip
     """Statistics of the inputs of every matmul that reads a parameter.
 
@@ -32,6 +32,7 @@ def calibrate(
         is enough.
       paths: the leaves to observe; all by default.
       gram: whether to accumulate Gram matrices (n x n float32 for every distinct input).
+      histogram: whether to accumulate histograms of the inputs, for static ranges (`core.histogram`).
 
     Returns:
       path -> `Stats`, additive: `jax.tree.map`-free merging with `jquant.merge`. Leaves read only by lookups have none.
@@ -42,6 +43,7 @@ def calibrate(
       RecipeError: one of `paths` is not read by a matmul.
     """
     wanted = None if paths is None else set(paths)
+    needs = {"absmax", "mean_abs"} | ({"gram"} if gram else set()) | ({"histogram"} if histogram else set())
     programs: dict[Any, Any] = {}
     totals: dict[int, Observed] | None = None
     members, shapes = None, None
@@ -51,7 +53,7 @@ def calibrate(
     with Progress(len(batches), "calibrating", "batches") as progress:
         for batch in batches:
             args, kwargs = call_args(batch)
-            seen, reader, shapes = _program(programs, apply, params, args, kwargs, wanted, gram)()
+            seen, reader, shapes = _program(programs, apply, params, args, kwargs, wanted, frozenset(needs))()
             if members is not None and reader.members != members:
                 raise JQuantError("calibrate: batches of different shapes meet different matmuls; give one shape")
             members = reader.members
@@ -65,12 +67,12 @@ def calibrate(
     return _share({p: (m, totals, shapes[p]) for p, m in members.items()})
 
 
-def _program(programs: Any, apply: Any, params: Any, args: Any, kwargs: Any, wanted: Any, gram: bool) -> Any:
+def _program(programs: Any, apply: Any, params: Any, args: Any, kwargs: Any, *what: Any) -> Any:
     """The compiled observer for the shapes of a batch."""
     arrays, key = call_key(args, kwargs)
     if key not in programs:
         traced = trace_call(apply, params, args, kwargs)
-        reader = ObserveReader(wanted, NEEDS if gram else NEEDS - {"gram"})
+        reader = ObserveReader(*what)
         programs[key] = (jax.jit(_observer(traced, reader)), reader, traced)
     fn, reader, traced = programs[key]
     shapes = {p: tuple(jnp.shape(v)) for p, v in zip(traced.paths, traced.leaves, strict=True)}

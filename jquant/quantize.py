@@ -1,50 +1,36 @@
 """`quantize`: a recipe and a method turn a float tree into a quantized one."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jquant.core.errors import JQuantError, JQuantWarning, NonFiniteError, RecipeError
-from jquant.core.formats import BlockParams, Format
+from jquant.core.activation import Policy
+from jquant.core.errors import JQuantError, JQuantWarning, NonFiniteError
+from jquant.core.formats import Format
 from jquant.core.method import Method, Rounding
 from jquant.core.paths import flatten_with_paths
-from jquant.core.qtensor import QTensor, from_codes, is_qtensor, to_rows
+from jquant.core.problem import Problem, as_problem, finish
+from jquant.core.qtensor import QTensor
 from jquant.core.recipe import Recipe, as_recipe
 from jquant.core.stats import Stats
+from jquant.ranges import add_activations
 from jquant.resume import Store, fingerprint
 from jquant.solvers.rtn import rtn
 from jquant.trace.function import call_args
 from jquant.trace.observe import Observed, gather_stats
 from jquant.trace.program import Unit
-from jquant.trace.sites import Site, Sites, find_sites
+from jquant.trace.sites import find_sites
+from jquant.trace.targets import Target, plan_targets
 from jquant.walk import Job, Walk, unit_name
-
-
-class Target(NamedTuple):
-    """A leaf to be quantized. Axes are negative.
-
-    Attributes:
-      path, format: which, and how it is stored.
-      contracted: the axes that its matmuls contract.
-      batch: the axes that are solved apart: experts, stacked layers.
-      observable: some matmul reads it (a table that is only looked up meets no activations).
-    """
-
-    path: str
-    format: Format
-    contracted: tuple[int, ...]
-    batch: tuple[int, ...]
-    observable: bool
 
 
 def quantize(
     apply: Callable[..., Any],
     params: Any,
-    recipe: Recipe | Mapping[str, Format | None] | Format,
+    recipe: Recipe | Mapping[str, Format | Policy | None] | Format | Policy,
     method: Method | None = None,
     batches: Iterable[Any] = (),
     *,
@@ -57,13 +43,16 @@ def quantize(
     stays in float for the reads before that. A leaf that is only looked up is rounded to nearest. On a terminal a line
     shows the progress.
 
+    Where the recipe has a `Policy`, the inputs of the matmuls are rounded too when `quantized` runs them. The walk itself
+    runs on unrounded inputs; static ranges are calibrated at its end, on what the quantized weights produce.
+
     Args:
       apply: `apply(params, *args)`, pure.
       params: a pytree of arrays. Leaves that are QTensors already stay as they are.
-      recipe: what: a Recipe, a mapping from patterns to formats, or one Format for all.
+      recipe: what: a Recipe, a mapping from patterns to formats or policies, or one Format or Policy for all.
       method: how: `rtn()` (the default), `gptq()`, or a `chain` of several.
       batches: calibration data: what `apply` takes after the parameters, arrays or tuples or dicts of arguments.
-        Methods without data need one for its shapes (`jax.ShapeDtypeStruct`s do).
+        Methods without data need one for its shapes (`jax.ShapeDtypeStruct`s do), unless an input has a static range.
       resume: a folder in which the work is kept; a second call with the same arguments goes on where the first was
         stopped, and ends in the same bits.
 
@@ -71,7 +60,7 @@ def quantize(
       A tree of the structure of `params` with `QTensor` leaves.
 
     Raises:
-      RecipeError: a pattern matches nothing that can be quantized.
+      RecipeError: a pattern matches nothing that can be quantized, or no token reached an input with a static range.
       NonFiniteError: a weight or an activation is NaN or infinite.
       CheckpointError: `resume` holds other work.
       JQuantError: no batches.
@@ -87,64 +76,11 @@ def quantize(
         solved = _walk(apply, params, targets, method, batches, recipe, resume)
     else:
         solved = {p: _solve_whole(v, targets[p], method) for p, v in flat if p in targets}
-    return treedef.unflatten([solved.get(p, v) for p, v in flat])
+    tree = treedef.unflatten([solved.get(p, v) for p, v in flat])
+    return add_activations(apply, tree, targets, batches)
 
 
-# --- what is to be quantized ---
-
-
-def plan_targets(sites: Sites, params: Any, recipe: Recipe) -> dict[str, Target]:
-    """The leaves that the recipe quantizes, by path.
-
-    Raises:
-      RecipeError: a pattern decides nothing, or gives a format to leaves that no matmul and no lookup reads.
-    """
-    flat, _ = flatten_with_paths(params)
-    recipe.check([p for p, _ in flat])
-    by_path = sites.by_path()
-    targets, unread = {}, []
-    for path, leaf in flat:
-        fmt = recipe(path)
-        if fmt is None or is_qtensor(leaf):
-            continue
-        target = _target(path, leaf, fmt, by_path.get(path, []))
-        if target is not None:
-            targets[path] = target
-        elif jnp.ndim(leaf) >= 2:
-            unread.append(path)
-    _check_rules(recipe, [p for p, _ in flat], targets)
-    if unread:
-        some = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
-        warnings.warn(
-            f"{len(unread)} leaves that the recipe names stay in float, no matmul or lookup reads them whole: {some}; "
-            "find_sites says what reads them",
-            JQuantWarning, stacklevel=3,
-        )  # fmt: skip
-    return targets
-
-
-def _check_rules(recipe: Recipe, paths: list[str], targets: dict[str, Target]) -> None:
-    used = {rule[0] for p in targets if (rule := recipe.rule(p))}
-    for pattern, fmt in recipe.rules:
-        if fmt is not None and pattern not in used:
-            example = next(p for p in paths if (r := recipe.rule(p)) and r[0] == pattern)
-            raise RecipeError(
-                f"Recipe: {pattern!r} gives {fmt} to leaves that no matmul and no lookup reads, such as {example}; "
-                "see find_sites for those that can be quantized"
-            )
-
-
-def _target(path: str, leaf: Any, fmt: Format, sites: list[Site]) -> Target | None:
-    usable = [s for s in sites if s.quantizable]
-    if not usable or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-        return None
-    if math.prod(jnp.shape(leaf)) == 0:
-        warnings.warn(f"{path}: empty ({jnp.shape(leaf)}), kept as it is", JQuantWarning, stacklevel=4)
-        return None
-    products = [s for s in usable if s.kind != "lookup"]
-    main = (products or usable)[0]
-    batch = {a for s in (products or usable) if s.contracted == main.contracted for a in s.batch}
-    return Target(path, fmt, main.contracted, tuple(sorted(batch)), bool(products))
+# --- one weight ---
 
 
 def _check_weights(leaves: dict[str, Any]) -> None:
@@ -154,52 +90,10 @@ def _check_weights(leaves: dict[str, Any]) -> None:
             raise NonFiniteError(f"{path}: {bad} of {leaf.size} weights are NaN or infinite; nothing was quantized")
 
 
-# --- one weight ---
-
-
 def _unit_axes(axes: tuple[int, ...], at: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
     """Axes of the full leaf as a unit names them, without those that were walked."""
     gone = {axis for axis, _ in at}
     return tuple(-sum(b not in gone for b in range(a, 0)) for a in axes if a not in gone)
-
-
-class _Problem(NamedTuple):
-    """A unit in the solvers' terms: `rows` `[batch, m, n]`, and how to bring the answer back."""
-
-    rows: jax.Array
-    contracted: tuple[int, ...]
-    batch_positions: tuple[int, ...]
-    kept_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: Any
-
-
-def _problem(w: jax.Array, contracted: tuple[int, ...], batch: tuple[int, ...]) -> _Problem:
-    rows = to_rows(w, contracted)
-    kept = [a for a in range(-w.ndim, 0) if a not in contracted]
-    first = tuple(kept.index(a) for a in batch)
-    kept_shape = rows.shape[:-1]
-    rows = jnp.moveaxis(rows, first, range(len(first)))
-    size = math.prod(kept_shape[i] for i in first)
-    rows = rows.reshape(size, -1, rows.shape[-1])
-    return _Problem(rows, contracted, first, kept_shape, w.shape, w.dtype)
-
-
-def _bring_back(problem: _Problem, a: jax.Array) -> jax.Array:
-    """`[batch, m or 1, x]` -> `[*kept, x]`."""
-    first = problem.batch_positions
-    rest = [i for i in range(len(problem.kept_shape)) if i not in first]
-    sizes = [problem.kept_shape[i] for i in first] + [problem.kept_shape[i] if a.shape[1] != 1 else 1 for i in rest]
-    return jnp.moveaxis(a.reshape(*sizes, a.shape[-1]), range(len(first)), first)
-
-
-def _finish(problem: _Problem, done: Rounding, fmt: Format) -> QTensor:
-    assert done.params is not None and done.codes is not None
-    zero = None if done.params.zero_point is None else _bring_back(problem, done.params.zero_point)
-    params = BlockParams(_bring_back(problem, done.params.scale), zero)
-    return from_codes(
-        _bring_back(problem, done.codes), params, fmt, problem.contracted, problem.shape, problem.dtype
-    )  # fmt: skip
 
 
 _compiled: Any = jax.jit(lambda solve, rows, stats, fmt: solve(Rounding(rows), stats, fmt), static_argnums=(0, 3))
@@ -216,10 +110,10 @@ def _run_solver(method: Method, rows: jax.Array, stats: Stats | None, fmt: Forma
 
 def _solve_whole(w: Any, target: Target, method: Method) -> QTensor:
     """A leaf without statistics."""
-    problem = _problem(jnp.asarray(w), target.contracted, target.batch)
+    problem = as_problem(jnp.asarray(w), target.contracted, target.batch)
     done = _run_solver(method, problem.rows, None, target.format)
     _warn(target.path, done)
-    return _finish(problem, done, target.format)
+    return finish(problem, done, target.format)
 
 
 # What a solver notes, in words; notes that are not here are no reason to warn.
@@ -329,14 +223,14 @@ class _Solver:
         out, start = {}, 0
         for unit, problem in zip(units, problems, strict=True):
             stop = start + problem.rows.shape[1]
-            out[unit] = _finish(problem, _rows_of(done, start, stop, len(units) > 1), target.format)
+            out[unit] = finish(problem, _rows_of(done, start, stop, len(units) > 1), target.format)
             start = stop
         return out
 
-    def _unit_problem(self, unit: Unit) -> _Problem:
+    def _unit_problem(self, unit: Unit) -> Problem:
         target = self.targets[unit.path]
         axes = _unit_axes(target.contracted, unit.at), _unit_axes(target.batch, unit.at)
-        return _problem(jnp.asarray(self.walk.unit_value(unit)), *axes)
+        return as_problem(jnp.asarray(self.walk.unit_value(unit)), *axes)
 
 
 def _rows_of(done: Rounding, start: int, stop: int, shared: bool) -> Rounding:

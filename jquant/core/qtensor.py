@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.core import packing
-from jquant.core.errors import DamagedQTensorError, FormatError
+from jquant.core.activation import Activation, Policy
+from jquant.core.errors import DamagedQTensorError, FormatError, TraceError
 from jquant.core.formats import BlockParams, Format, decode, encode
 
-_KEYS = ("codes", "scale", "zero_point")
+_KEYS = ("codes", "scale", "zero_point", "activation_params")
+_STATIC = ("format", "contracted", "inner", "pad", "_dtype", "activation")
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -36,9 +38,12 @@ class QTensor:
         sharded axis may change its size under vmap, scan and shard_map.)
       pad: how many codes of the last byte of the first plane are padding.
       dtype: the dtype it decodes to.
+      activation: how the inputs of its matmuls are rounded, or None where they stay in float.
+      activation_params: for a static range its scale and zero point, `[*batch, 1]`, ones in place of the kept axes that
+        its matmuls do not share with their input; None otherwise.
     """
 
-    __slots__ = ("codes", "scale", "zero_point", "format", "contracted", "inner", "pad", "_dtype")
+    __slots__ = (*_KEYS, *_STATIC)
 
     def __init__(
         self,
@@ -50,23 +55,27 @@ class QTensor:
         inner: tuple[int, ...],
         pad: int,
         dtype: str,
+        activation: Activation | None = None,
+        activation_params: BlockParams | None = None,
     ):
         self.codes, self.scale, self.zero_point = codes, scale, zero_point
         self.format, self.contracted, self.inner, self.pad, self._dtype = format, contracted, inner, pad, dtype
+        self.activation, self.activation_params = activation, activation_params
 
     def tree_flatten_with_keys(self):
         children = [(jax.tree_util.GetAttrKey(k), getattr(self, k)) for k in _KEYS]
-        return children, (self.format, self.contracted, self.inner, self.pad, self._dtype)
+        return children, tuple(getattr(self, k) for k in _STATIC)
 
     def tree_flatten(self):
-        return (self.codes, self.scale, self.zero_point), (
-            self.format, self.contracted, self.inner, self.pad, self._dtype
-        )  # fmt: skip
+        return tuple(getattr(self, k) for k in _KEYS), tuple(getattr(self, k) for k in _STATIC)
 
     @classmethod
     def tree_unflatten(cls, static, children):
         # No checks: JAX unflattens with tracers, shapes, shardings and sentinels. `check` runs at every read instead.
-        return cls(*children, *static)
+        q = object.__new__(cls)
+        for name, value in zip((*_KEYS, *_STATIC), (*children, *static), strict=True):
+            setattr(q, name, value)
+        return q
 
     def check(self) -> "QTensor":
         """Itself, or an error if its arrays are not what the format says.
@@ -99,7 +108,21 @@ class QTensor:
                 f"a QTensor ({self.format}) has codes {[c.shape for c in self.codes]} and scale {self.scale.shape}, "
                 "which do not belong together: an array was sliced, mapped or sharded along a packed axis"
             )
+        self._check_activation()
         return self
+
+    def _check_activation(self) -> None:
+        params, static = self.activation_params, self.activation is not None and self.activation.static
+        if static != (params is not None):
+            raise DamagedQTensorError(
+                f"a QTensor ({self.scheme}) {'lacks' if static else 'has'} the scale of a static input range; "
+                "quantize sets it, with calibration batches"
+            )
+        if params is not None and np.dtype(params.scale.dtype) != np.float32:
+            raise DamagedQTensorError(
+                f"the input scale of a QTensor ({self.scheme}) is {np.dtype(params.scale.dtype)}, not float32: a cast "
+                "was mapped over its arrays. Use jax.tree.map(..., is_leaf=jquant.is_qtensor) with QTensor.astype"
+            )
 
     @property
     def row_length(self) -> int:
@@ -141,12 +164,17 @@ class QTensor:
     @property
     def arrays(self) -> list[jax.Array]:
         """Every array it holds."""
-        return jax.tree.leaves((self.codes, self.scale, self.zero_point))
+        return jax.tree.leaves(tuple(getattr(self, k) for k in _KEYS))
 
     @property
     def nbytes(self) -> int:
         """Bytes that memory holds: packed codes, scales, zero points."""
         return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in self.arrays)
+
+    @property
+    def scheme(self) -> str:
+        """The name of its format, and of its inputs' where those are rounded: "int8+int8"."""
+        return str(Policy(self.format, self.activation))
 
     @property
     def params(self) -> BlockParams:
@@ -175,40 +203,52 @@ class QTensor:
 
     def replace(self, **changes: Any) -> "QTensor":
         """A copy with some fields changed."""
-        fields = {k: getattr(self, k) for k in (*_KEYS, "format", "contracted", "inner", "pad")} | {
-            "dtype": self._dtype
+        fields = {k: getattr(self, k) for k in (*_KEYS, *_STATIC)} | {
+            "_dtype" if k == "dtype" else k: v for k, v in changes.items()
         }
-        return QTensor(**(fields | changes))
+        return type(self).tree_unflatten([fields.pop(k) for k in _STATIC], list(fields.values()))
+
+    def _read(self) -> jax.Array:
+        """Read by a model outside `quantized`: correct, if not fused."""
+        if self.activation is not None:
+            raise TraceError(
+                f"a QTensor of {self.scheme} was read as an array: its matmuls are to round their inputs too, which "
+                "only jquant.quantized(apply) does. Wrap the function; or call .dequantize() for the weight alone"
+            )
+        return self.dequantize()
 
     def __jax_array__(self) -> jax.Array:
-        # Read by a model outside `quantized`: correct, if not fused.
-        return self.dequantize()
+        return self._read()
 
     def __getitem__(self, index: Any) -> jax.Array:
         # nnx layers read `self.kernel[...]`.
-        return self.dequantize()[index]
+        return self._read()[index]
 
     def __iter__(self):
-        return iter(self.dequantize())
+        return iter(self._read())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         # Without it NumPy would make an object array of one QTensor, silently.
-        return np.asarray(self.dequantize(), dtype)
+        return np.asarray(self._read(), dtype)
 
     def __reduce__(self):
-        host = jax.tree.map(
-            lambda a: np.asarray(a) if isinstance(a, jax.Array) else a, (self.codes, self.scale, self.zero_point)
-        )
-        return QTensor, (*host, self.format, self.contracted, self.inner, self.pad, self._dtype)
+        children = tuple(getattr(self, k) for k in _KEYS)
+        host = jax.tree.map(lambda a: np.asarray(a) if isinstance(a, jax.Array) else a, children)
+        return _rebuild, (tuple(getattr(self, k) for k in _STATIC), host)
 
     def __repr__(self) -> str:
         try:
             shape = ", ".join(map(str, self.shape))
             return (
-                f"QTensor({self.format}, {self._dtype}[{shape}], contracted={self.contracted}, {self.nbytes:,} bytes)"
+                f"QTensor({self.scheme}, {self._dtype}[{shape}], contracted={self.contracted}, {self.nbytes:,} bytes)"
             )
         except Exception:  # holding shardings, specs or sentinels instead of arrays
             return f"QTensor({self.format}, contracted={self.contracted}, codes={self.codes}, scale={self.scale})"
+
+
+def _rebuild(static: tuple[Any, ...], children: tuple[Any, ...]) -> QTensor:
+    """Unpickles."""
+    return QTensor.tree_unflatten(static, children)
 
 
 def is_qtensor(x: Any) -> bool:

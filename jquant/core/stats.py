@@ -1,10 +1,13 @@
 """`Stats`: what calibration accumulated at a site. A pytree of float32 sums; adding two is merging two batches."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jquant.core.histogram import Histogram, merge_histograms
 
 
 class Stats(NamedTuple):
@@ -18,12 +21,14 @@ class Stats(NamedTuple):
       abs_sum: `[*batch, n]`, the sum of |x|, or None.
       absmax: `[*batch, n]`, the largest |x|, or None.
       tokens: `[*batch]`, the number of tokens.
+      histogram: of all |x| and their signs, for static ranges, or None where none was asked for.
     """
 
     gram: jax.Array | None
     abs_sum: jax.Array | None
     absmax: jax.Array | None
     tokens: jax.Array
+    histogram: Histogram | None = None
 
     @property
     def mean_abs(self) -> jax.Array:
@@ -35,11 +40,15 @@ class Stats(NamedTuple):
 
 def merge(a: Stats, b: Stats) -> Stats:
     """The stats of both sets of tokens together; what one of them does not have, the result does not."""
-    gram = _both(jnp.add, a.gram, b.gram)
+    add = partial(jax.tree.map, jnp.add)
     return Stats(
-        gram, _both(jnp.add, a.abs_sum, b.abs_sum), _both(jnp.maximum, a.absmax, b.absmax), a.tokens + b.tokens
+        _both(add, a.gram, b.gram),
+        _both(add, a.abs_sum, b.abs_sum),
+        _both(jnp.maximum, a.absmax, b.absmax),
+        a.tokens + b.tokens,
+        _both(merge_histograms, a.histogram, b.histogram),
     )
 
 
 def _both(combine: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
-    return None if a is None or b is None else jax.tree.map(combine, a, b)
+    return None if a is None or b is None else combine(a, b)

@@ -1,5 +1,6 @@
 """Operations on QTensors: each picks an implementation, and names it."""
 
+from jquant.ops import low_precision
 from jquant.ops.dot import dot
 
-__all__ = ["dot"]
+__all__ = ["dot", "low_precision"]

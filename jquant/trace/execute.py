@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jquant import ops
 from jquant.core import kept
 from jquant.core.qtensor import QTensor, is_qtensor
-from jquant.trace import compat, interpreter, view
-from jquant.trace.function import split_arrays, trace_call
+from jquant.trace import compat, interpreter, rounding, view
+from jquant.trace.function import Traced, split_arrays, trace_call
 from jquant.trace.sites import full_axes
 from jquant.trace.uses import Use
 from jquant.trace.view import Ref
@@ -25,41 +25,58 @@ class Ran(NamedTuple):
       kind: "dot", "lookup", "conv", "ragged_dot" or "read".
       fused: the codes themselves are read by the operation; otherwise an array of floats is made in front of it.
       how: the implementation, or the reason for the floats.
+      activation: how the other operand is rounded, or "" where it stays as it is.
     """
 
     path: str
     kind: str
     fused: bool
     how: str
+    activation: str = ""
 
 
 class ExecuteReader:
-    """Runs each use on the codes."""
+    """Runs each use on the codes.
+
+    Args:
+      train: the weights have a derivative (see `fake_quant`).
+      clip: an input has no derivative where it is beyond its range.
+    """
 
     inline, unroll = False, False
 
-    def __init__(self) -> None:
+    def __init__(self, train: bool = False, clip: bool = True) -> None:
+        self.train, self.clip = train, clip
         self.log: dict[Any, Ran] = {}
 
     def use(self, use: Use, frame: interpreter.Frame) -> list[Any]:
         ref, q = use.ref, use.ref.value
         if not is_qtensor(q):
             return compat.bind(use.eqn, *[a.array() if isinstance(a, Ref) else a for a in use.args])
-        runner = _RUN.get(use.kind)
-        reason = _mismatch(use, q)
+        runner, reason = _RUN.get(use.kind), _mismatch(use, q)
         if runner is None or reason:
-            self._note(use.eqn, ref, frame, use.kind, False, reason or f"{use.kind} runs on dequantized weights")
-            return compat.bind(use.eqn, *[a.array() if isinstance(a, Ref) else a for a in use.args])
-        out, how = runner(use)
-        self._note(use.eqn, ref, frame, use.kind, True, how)
+            rounds = not reason and rounding.rounds_in_float(use)
+            self._note(use, frame, False, reason or f"{use.kind} runs on dequantized weights", rounds)
+            args = rounding.round_args(use, self.clip) if rounds else use.args
+            return compat.bind(use.eqn, *[a.array() if isinstance(a, Ref) else a for a in args])
+        rounds = use.kind == "dot" and q.activation is not None
+        if rounds or (self.train and use.kind == "dot"):
+            out, how = rounding.straight_dot(use, runner, self.clip)
+        else:
+            out, how = runner(use)
+        self._note(use, frame, True, how, rounds)
         return [out.astype(use.eqn.outvars[0].aval.dtype)]
 
     def read(self, ref: Ref, eqn: Any, frame: interpreter.Frame) -> Any:
-        self._note(eqn, ref, frame, "read", False, f"read by {eqn.primitive.name}: dequantized there")
+        self._log(eqn, frame, Ran(ref.path, "read", False, f"read by {eqn.primitive.name}: dequantized there"))
         return ref.array()
 
-    def _note(self, eqn: Any, ref: Ref, frame: Any, kind: str, fused: bool, how: str) -> None:
-        self.log[(*frame.scope, id(eqn), ref.path, kind)] = Ran(ref.path, kind, fused, how)
+    def _note(self, use: Use, frame: Any, fused: bool, how: str, rounds: bool) -> None:
+        activation = str(use.ref.value.activation) if rounds else ""
+        self._log(use.eqn, frame, Ran(use.ref.path, use.kind, fused, how, activation))
+
+    def _log(self, eqn: Any, frame: Any, ran: Ran) -> None:
+        self.log[(*frame.scope, id(eqn), ran.path, ran.kind)] = ran
 
 
 def _long_axes(axes: Any, shape: tuple[int, ...]) -> set[int]:
@@ -77,20 +94,16 @@ def _mismatch(use: Use, q: QTensor) -> str:
 
 
 def _run_dot(use: Use) -> tuple[jax.Array, str]:
-    how, eqn = use.how, use.eqn
+    how, q, params = use.how, use.ref.value, use.eqn.params
     x = how.operand(use.x)
-    out, name = ops.dot(
-        x, use.ref.value, batch=how.batch, cast=use.ref.cast, precision=eqn.params["precision"],
-        preferred=eqn.params["preferred_element_type"],
-    )  # fmt: skip
-    x_dims = how.order_in[len(how.batch_shape) : len(how.batch_shape) + _free_count(use)]
-    return how.result(out, [use.x.shape[d] for d in x_dims]), name
-
-
-def _free_count(use: Use) -> int:
-    contract, batch = use.eqn.params["dimension_numbers"]
-    other = 1 - use.which
-    return use.x.ndim - len(contract[other]) - len(batch[other])
+    if q.activation is not None:
+        out, name = ops.low_precision.dot(x, q, batch=how.batch)
+    else:
+        out, name = ops.dot(
+            x, q, batch=how.batch, cast=use.ref.cast, precision=params["precision"],
+            preferred=params["preferred_element_type"],
+        )  # fmt: skip
+    return rounding.dot_result(use, out), name
 
 
 def _run_lookup(use: Use) -> tuple[jax.Array, str]:
@@ -124,7 +137,11 @@ _RUN: dict[str, Callable[[Use], tuple[jax.Array, str]]] = {"dot": _run_dot, "loo
 
 
 def _execute(apply: Callable[..., Any], qparams: Any, args: Any, kwargs: Any, reader: ExecuteReader) -> Any:
-    traced = trace_call(apply, qparams, args, kwargs)
+    return run_traced(trace_call(apply, qparams, args, kwargs), reader)
+
+
+def run_traced(traced: Traced, reader: ExecuteReader) -> Any:
+    """The outputs of a traced call."""
     refs = [view.new_ref(p, v) if is_qtensor(v) else v for p, v in zip(traced.paths, traced.leaves, strict=True)]
     outs = interpreter.run_all(traced.jaxpr, [*refs, *traced.arrays], reader, interpreter.Frame())
     return jax.tree.unflatten(traced.out_tree, outs)
@@ -136,6 +153,10 @@ def quantized(apply: Callable[..., Any]) -> Callable[..., Any]:
     Every matmul and lookup that reads a QTensor runs on its codes; whatever else reads one gets it dequantized there
     (`explain` lists both). The result equals `apply` on `dequantize(qparams)` up to the order of accumulation. It
     composes with jit, grad (inputs and float leaves), vmap, scan, remat and shardings. `apply` itself is not changed.
+
+    A leaf with an `Activation` has the inputs of its matmuls rounded too, and the products run in the low precision:
+    int8 x int8 -> int32, fp8 x fp8 -> float32, the scales applied to the sums. The derivative goes straight through the
+    rounding, but not where an input is beyond its static range. Products of two activations (attention) stay in float.
 
     Args:
       apply: `apply(params, *args, **kwargs)`, pure.

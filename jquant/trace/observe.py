@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jquant.core.histogram import histogram
 from jquant.core.stats import Stats, merge
 from jquant.trace import compat, interpreter
 from jquant.trace.sites import full_axes, input_key
@@ -16,7 +17,7 @@ from jquant.trace.view import Ref
 _FULL = jax.lax.Precision.HIGHEST
 
 
-NEEDS = frozenset({"gram", "absmax", "mean_abs"})  # the statistics that there are, by the names a Method asks with
+NEEDS = frozenset({"gram", "absmax", "mean_abs", "histogram"})  # all statistics, by the names a Method asks with
 
 
 class Observed(NamedTuple):
@@ -142,7 +143,11 @@ def statistics(use: Use, needs: frozenset[str]) -> Observed:
     weight = None
     if use.kind == "ragged_dot":
         x, weight = x[None], _expert_mask(use)
-    return observe_rows(x, needs, weight)
+    seen = observe_rows(x, needs, weight)
+    if "histogram" not in needs:
+        return seen
+    wide = x if weight is None else jnp.broadcast_to(x, (*weight.shape, x.shape[-1]))
+    return seen._replace(stats=seen.stats._replace(histogram=histogram(wide, weight)))
 
 
 def observe_rows(x: jax.Array, needs: frozenset[str], mask: jax.Array | None = None) -> Observed:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.trace import compat, interpreter, view
-from jquant.trace.function import trace_call
+from jquant.trace.function import Traced, trace_call
 from jquant.trace.uses import Dot, Use
 from jquant.trace.view import Ref
 
@@ -188,7 +188,11 @@ def find_sites(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     Raises:
       TraceError: a leaf of `params` is no array.
     """
-    traced = trace_call(apply, params, args, kwargs)
+    return sites_of(trace_call(apply, params, args, kwargs))
+
+
+def sites_of(traced: Traced) -> Sites:
+    """The sites of a traced call."""
     reader = FindReader()
 
     def run(leaves: list[Any], arrays: list[Any]) -> None:

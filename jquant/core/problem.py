@@ -1,0 +1,52 @@
+"""A weight of any rank as a solver sees it: a batch of matrices; and its answer as a QTensor."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jquant.core.formats import BlockParams, Format
+from jquant.core.method import Rounding
+from jquant.core.qtensor import QTensor, from_codes, to_rows
+
+
+class Problem(NamedTuple):
+    """A weight in the solvers' terms: `rows` `[batch, m, n]`, and how to bring the answer back."""
+
+    rows: jax.Array
+    contracted: tuple[int, ...]
+    batch_positions: tuple[int, ...]
+    kept_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def as_problem(w: jax.Array, contracted: tuple[int, ...], batch: tuple[int, ...]) -> Problem:
+    """The rows of `w`, the kept axes `batch` (negative) in front: what a solver takes."""
+    rows = to_rows(w, contracted)
+    kept = [a for a in range(-w.ndim, 0) if a not in contracted]
+    first = tuple(kept.index(a) for a in batch)
+    kept_shape = rows.shape[:-1]
+    rows = jnp.moveaxis(rows, first, range(len(first)))
+    size = math.prod(kept_shape[i] for i in first)
+    rows = rows.reshape(size, -1, rows.shape[-1])
+    return Problem(rows, contracted, first, kept_shape, w.shape, w.dtype)
+
+
+def bring_back(problem: Problem, a: jax.Array) -> jax.Array:
+    """`[batch, m or 1, x]` -> `[*kept, x]`."""
+    first = problem.batch_positions
+    rest = [i for i in range(len(problem.kept_shape)) if i not in first]
+    sizes = [problem.kept_shape[i] for i in first] + [problem.kept_shape[i] if a.shape[1] != 1 else 1 for i in rest]
+    return jnp.moveaxis(a.reshape(*sizes, a.shape[-1]), range(len(first)), first)
+
+
+def finish(problem: Problem, done: Rounding, fmt: Format) -> QTensor:
+    """The QTensor that a solver's answer stands for."""
+    assert done.params is not None and done.codes is not None
+    zero = None if done.params.zero_point is None else bring_back(problem, done.params.zero_point)
+    params = BlockParams(bring_back(problem, done.params.scale), zero)
+    return from_codes(
+        bring_back(problem, done.codes), params, fmt, problem.contracted, problem.shape, problem.dtype
+    )  # fmt: skip

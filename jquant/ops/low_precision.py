@@ -1,0 +1,285 @@
+"""Products whose two operands are rounded: codes times codes, the scales applied to the sums.
+
+With codes a, u, zero points z, y and scales r (of a row of the input), s (of a block g of a row of the weight):
+
+    out = r  sum_g s_g  sum_{k in g} (a_k - z) (u_k - y_g)
+
+and the inner sum is, exactly, in int32:  sum a u  -  y sum a  -  z sum u  +  |g| z y.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jquant.core.activation import Activation, encode_input
+from jquant.core.formats import ELEMENTS, BlockParams, Format, decode, decode_codes
+from jquant.core.qtensor import QTensor
+from jquant.ops.dot import one_row, reads_one_row
+
+_INT32_MAX = 2**31 - 1
+_FULL = lax.Precision.HIGHEST
+
+
+class _Side(NamedTuple):
+    """One operand as it is multiplied. Its last axis is contracted.
+
+    Attributes:
+      codes: int8 or float8, `[..., n]`.
+      zero: int32 zero point, `[..., blocks]`, or None.
+    """
+
+    codes: jax.Array
+    zero: jax.Array | None
+
+
+def dot(x: jax.Array, q: QTensor, *, batch: Sequence[int] = ()) -> tuple[jax.Array, str]:
+    """Rounds `x` as `q.activation` says and contracts its last axis with the contracted axes of `q`.
+
+    Args:
+      x: `[*batch axes, tokens, n]`, any float dtype.
+      q: the weight, n elements along its contracted axes.
+      batch: axes of `q` that `x` has too, in front (experts).
+
+    Returns:
+      float32 `[*batch axes, tokens, *other kept axes]`, and the name of the implementation.
+    """
+    act = q.activation
+    assert act is not None
+    codes, params = encode_input(x, act, static_params(q, batch))
+    kind = product_kind(act, q.format, q.row_length)
+    out = _PRODUCTS[kind](codes, params.zero_point, q, tuple(batch))
+    scale = params.scale.reshape(*params.scale.shape[:-1], *[1] * (out.ndim - x.ndim + 1))
+    return out * scale, _name(kind, act, q)
+
+
+def static_params(q: QTensor, batch: Sequence[int] = ()) -> BlockParams | None:
+    """Scale and zero point of a static range as the input has its axes, `[*batch, 1, 1]`; None for a dynamic one."""
+    if q.activation_params is None:
+        return None
+    first = [q.kept.index(a) for a in batch]
+
+    def place(a: jax.Array) -> jax.Array:
+        lead = jnp.moveaxis(a, first, range(len(first)))
+        return lead.reshape(*lead.shape[: len(first)], 1, 1)  # the other kept axes have one entry
+
+    return jax.tree.map(place, q.activation_params)
+
+
+def product_kind(act: Activation, fmt: Format, n: int) -> str:
+    """ "int", "fp8", or "float" where no product of the two elements exists."""
+    a, w = ELEMENTS[act.element], ELEMENTS[fmt.element]
+    if a.kind == w.kind == "int":
+        length = fmt.group_size or n
+        return "int" if length * _largest(act.format) * _largest(fmt) <= _INT32_MAX else "float"
+    if a.kind == "float" and w.kind == "float" and {a.storage, w.storage} <= _FP8:
+        return "fp8"
+    # Integers of up to four bits, their zero point taken away, are numbers of e4m3.
+    return "fp8" if act.element == "fp8_e4m3" and w.kind == "int" and w.bits <= 4 else "float"
+
+
+_FP8 = {"float8_e4m3fn", "float8_e5m2"}
+
+
+def _largest(fmt: Format) -> int:
+    """The largest magnitude of an integer, its zero point taken away."""
+    return 2 ** (fmt.bits - 1) if fmt.symmetric else 2**fmt.bits - 1
+
+
+def _name(kind: str, act: Activation, q: QTensor) -> str:
+    if kind == "float":
+        return f"input rounded, product in float: there is none of {act.element} with {q.format.element}"
+    words = {"int": "int8 x int8 -> int32", "fp8": "fp8 x fp8 -> float32"}[kind]
+    if q.format.blocks(q.row_length) > 1:
+        return f"{words} in groups of {q.format.group_size}; on a CPU codes decoded into a float32 product"
+    return words + ("; on a CPU the same products in bfloat16" if kind == "fp8" else "")
+
+
+def integers(codes: jax.Array, zero: jax.Array | None, fmt: Format) -> _Side:
+    """uint8 codes of an integer format as int8, the zero point moved with them."""
+    half = 2 ** (fmt.bits - 1)
+    if fmt.symmetric:
+        signed = lax.bitcast_convert_type(codes, jnp.int8)
+        return _Side(signed if fmt.bits == 8 else (signed ^ np.int8(half)) - np.int8(half), None)
+    assert zero is not None
+    move = 128 if fmt.bits == 8 else 0
+    return _Side(lax.bitcast_convert_type(codes ^ np.uint8(move), jnp.int8), zero.astype(jnp.int32) - move)
+
+
+def _floats8(codes: jax.Array, zero: jax.Array | None, fmt: Format) -> _Side:
+    element = ELEMENTS[fmt.element]
+    if element.kind == "float":
+        return _Side(lax.bitcast_convert_type(codes, jnp.dtype(element.storage)), None)
+    values = decode_codes(codes, fmt)
+    if zero is not None:
+        blocks = BlockParams(jnp.ones(zero.shape, jnp.float32), zero)
+        values = decode(codes, blocks, fmt)
+    return _Side(values.astype(jnp.float8_e4m3fn), None)
+
+
+# --- the products: (input codes, its zero point, weight, batch axes) -> float32, without the input's scale ---
+
+
+class _Layout(NamedTuple):
+    """Where the result `[*batch, tokens, *other kept]` has the kept axes of the weight: `first` are its batch axes."""
+
+    first: tuple[int, ...]
+
+    def place(self, a: jax.Array) -> jax.Array:
+        """`[*kept]` -> `[*batch, 1, *other kept]`."""
+        lead = len(self.first)
+        return jnp.expand_dims(jnp.moveaxis(a, self.first, range(lead)), lead)
+
+    def contract(self, a: jax.Array, u: jax.Array, dtype: Any) -> jax.Array:
+        numbers = (((a.ndim - 1,), (u.ndim - 1,)), (tuple(range(len(self.first))), self.first))
+        return lax.dot_general(a, u, numbers, precision=_FULL, preferred_element_type=dtype)
+
+
+def _layout(q: QTensor, batch: tuple[int, ...]) -> _Layout:
+    return _Layout(tuple(q.kept.index(b) for b in batch))
+
+
+Total = Callable[[_Side, _Side, Any, _Layout], jax.Array]
+
+
+def _low(
+    side: Callable[..., _Side], total: Total, cpu_total: Total, codes: jax.Array, zero: Any, q: QTensor,
+    batch: tuple[int, ...],
+) -> jax.Array:  # fmt: skip
+    assert q.activation is not None
+    layout, fmt = _layout(q, batch), q.activation.format
+    grouped = q.format.blocks(q.row_length) > 1
+
+    def native(codes: jax.Array, zero: Any, q: QTensor, total: Total = total) -> jax.Array:
+        a, u = side(codes, zero, fmt), side(q.unpacked(), q.zero_point, q.format)
+        return (_groups if grouped else _one_group)(a, u, q, layout, total)
+
+    def on_cpu(codes: jax.Array, zero: Any, q: QTensor) -> jax.Array:
+        return _decoded(codes, zero, q, batch) if grouped else native(codes, zero, q, cpu_total)
+
+    # Chosen when the program is lowered, for the platform it is lowered for.
+    return lax.platform_dependent(codes, zero, q, cpu=on_cpu, default=native)
+
+
+def _one_group(a: _Side, u: _Side, q: QTensor, layout: _Layout, total: Total) -> jax.Array:
+    sums = total(a, u, q.row_length, layout)
+    return sums.astype(jnp.float32) * layout.place(q.scale.astype(jnp.float32)[..., 0])
+
+
+def _groups(a: _Side, u: _Side, q: QTensor, layout: _Layout, total: Total) -> jax.Array:
+    """Group by group: all their sums at once would be as many times the result."""
+    g, n = q.format.group_size, q.row_length
+    assert g is not None
+    sizes = np.minimum(g, n - g * np.arange(-(-n // g))).astype(np.int32)
+
+    def cut(codes: jax.Array) -> jax.Array:
+        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -n % g)])
+        return jnp.moveaxis(codes.reshape(*codes.shape[:-1], -1, g), -2, 0)
+
+    def step(acc: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+        a_codes, u_codes, y, s, size = xs
+        sums = total(_Side(a_codes, a.zero), _Side(u_codes, None if y is None else y[..., None]), size, layout)
+        return acc + sums.astype(jnp.float32) * layout.place(s), None
+
+    zero = None if u.zero is None else jnp.moveaxis(u.zero, -1, 0)
+    xs = (cut(a.codes), cut(u.codes), zero, jnp.moveaxis(q.scale.astype(jnp.float32), -1, 0), sizes)
+    first = jax.tree.map(lambda v: v[0], xs)
+    shape = jax.eval_shape(lambda xs: step(jnp.float32(0), xs)[0], first).shape
+    return lax.scan(step, jnp.zeros(shape, jnp.float32), xs)[0]
+
+
+def _int_total(a: _Side, u: _Side, size: Any, layout: _Layout) -> jax.Array:
+    """The inner sum of the module's formula, int32 `[*batch, tokens, *other kept]`."""
+    sums = layout.contract(a.codes, u.codes, jnp.int32)
+    beside = lambda v: v.reshape(*v.shape, *[1] * (sums.ndim - v.ndim))
+    if u.zero is not None:
+        sums = sums - layout.place(u.zero[..., 0]) * beside(jnp.sum(a.codes, axis=-1, dtype=jnp.int32))
+    if a.zero is not None:
+        left = layout.place(jnp.sum(u.codes, axis=-1, dtype=jnp.int32))
+        if u.zero is not None:
+            left = left - size * layout.place(u.zero[..., 0])
+        sums = sums - beside(a.zero[..., 0]) * left
+    return sums
+
+
+def _int_total_cpu(a: _Side, u: _Side, size: Any, layout: _Layout) -> jax.Array:
+    # XLA:CPU has fast int8 products from two rows on; one row takes thirty times as long.
+    if a.codes.shape[-2] != 1:
+        return _int_total(a, u, size, layout)
+    wide = jnp.pad(a.codes, [(0, 0)] * (a.codes.ndim - 2) + [(0, 3), (0, 0)])
+    sums = _int_total(_Side(wide, a.zero), u, size, layout)
+    return lax.slice_in_dim(sums, 0, 1, axis=a.codes.ndim - 2)
+
+
+def _fp8_total(a: _Side, u: _Side, size: Any, layout: _Layout) -> jax.Array:
+    return layout.contract(a.codes, u.codes, jnp.float32)
+
+
+def _fp8_total_cpu(a: _Side, u: _Side, size: Any, layout: _Layout) -> jax.Array:
+    # Numbers of 8 bits are numbers of bfloat16, and their products are exact in float32.
+    return layout.contract(a.codes.astype(jnp.bfloat16), u.codes.astype(jnp.bfloat16), jnp.float32)
+
+
+def _decoded(codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...]) -> jax.Array:
+    """The input's codes as floats times the decoded weight: the same numbers, added in float32."""
+    assert q.activation is not None
+    ones = jnp.ones((*codes.shape[:-1], 1), jnp.float32)
+    a = decode(codes, BlockParams(ones, zero), q.activation.format)
+    if not batch and reads_one_row(a, q):
+        return one_row(a, q)
+    return _layout(q, batch).contract(a, q.rows(), jnp.float32)
+
+
+_PRODUCTS: dict[str, Callable[..., jax.Array]] = {  # by `product_kind`
+    "int": partial(_low, integers, _int_total, _int_total_cpu),
+    "fp8": partial(_low, _floats8, _fp8_total, _fp8_total_cpu),
+    "float": _decoded,
+}
+
+
+# --- rounding with a derivative ---
+
+
+@jax.custom_jvp
+def straight_through(value: jax.Array, soft: jax.Array) -> jax.Array:
+    """`value`, with the derivative of `soft`."""
+    return value
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[0], tangents[1]
+
+
+def inside(x: jax.Array, params: BlockParams, fmt: Format) -> jax.Array:
+    """Which of `x` `[..., n]` the codes reach: bool. `params` broadcast against `x`."""
+    scale = params.scale.astype(jnp.float32)
+    element = ELEMENTS[fmt.element]
+    low, high = -element.top, element.top
+    x = x.astype(jnp.float32)
+    if params.zero_point is None:
+        if element.kind == "int":
+            low, high = -(2 ** (fmt.bits - 1)) - 0.5, 2 ** (fmt.bits - 1) - 0.5
+        return (x >= low * scale) & (x <= high * scale)
+    zero = params.zero_point.astype(jnp.float32)
+    return (x >= (-0.5 - zero) * scale) & (x <= (2**fmt.bits - 0.5 - zero) * scale)
+
+
+def round_input(x: jax.Array, act: Activation, static: BlockParams | None = None, clip: bool = True) -> jax.Array:
+    """The values that the codes of `x` stand for, with a straight-through derivative.
+
+    Args:
+      x: `[*batch, tokens, n]`, a float dtype; so is the result.
+      act: how it is rounded.
+      static: as `encode_input` takes it.
+      clip: no derivative where `x` is beyond the range of the codes.
+    """
+    fixed = lax.stop_gradient(x)
+    codes, params = encode_input(fixed, act, static)
+    value = decode(codes, params, act.format).astype(x.dtype)
+    soft = jnp.where(inside(fixed, params, act.format), x, fixed) if clip else x
+    return straight_through(value, soft)

@@ -1,0 +1,58 @@
+"""How the inputs of a quantized tree's matmuls are rounded: set on its leaves, static ranges calibrated."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jquant.calibrate import calibrate
+from jquant.core.errors import JQuantError, RecipeError
+from jquant.core.histogram import static_range
+from jquant.core.paths import map_with_paths
+from jquant.core.qtensor import QTensor
+from jquant.core.stats import Stats
+from jquant.trace.targets import Target
+
+
+def add_activations(apply: Callable[..., Any], qtree: Any, targets: Mapping[str, Target], batches: list[Any]) -> Any:
+    """The quantized tree with the activations that its targets ask for.
+
+    Static ranges are those of one pass of the quantized weights over the batches, all inputs unrounded.
+
+    Raises:
+      RecipeError: no token reached an input that is to have a static range.
+      JQuantError: static ranges, but the batches are only shapes.
+    """
+    static = {p for p, t in targets.items() if t.activation is not None and t.activation.static}
+    stats = _observe(apply, qtree, static, batches) if static else {}
+
+    def one(path: str, leaf: Any) -> Any:
+        target = targets.get(path)
+        return leaf if target is None or target.activation is None else _add(leaf, target, stats)
+
+    return map_with_paths(one, qtree)
+
+
+def _add(q: QTensor, target: Target, stats: Mapping[str, Stats]) -> QTensor:
+    act = target.activation
+    assert act is not None
+    if not act.static:
+        return q.replace(activation=act)
+    params = static_range(target.path, act, stats, q, target.batch)
+    empty = [i for i, n in enumerate(stats[target.path].tokens.ravel().tolist()) if n == 0]
+    if empty:
+        which = f"{len(empty)} of its matrices (experts, layers), such as number {empty[0]}" if target.batch else "it"
+        raise RecipeError(
+            f"{target.path}: no calibration token reached {which}, so its input has no static range ({act}); give more "
+            "batches, or use a dynamic range"
+        )
+    return q.replace(activation=act, activation_params=params)
+
+
+def _observe(apply: Any, qtree: Any, static: set[str], batches: list[Any]) -> dict[str, Stats]:
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(batches)):
+        raise JQuantError(
+            f"quantize: the input of {sorted(static)[0]} is to have a static range, which needs calibration data; give "
+            "batches of arrays, or use a dynamic range"
+        )
+    return calibrate(apply, qtree, batches, gram=False, histogram=True, paths=static)
