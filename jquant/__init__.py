@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from jquant import models
     from jquant.calibrate import calibrate
     from jquant.checkpoint import load, save
+    from jquant.core.activation import (
+        FP8,
+        FP8_STATIC,
+        W4A8,
+        W4A16,
+        W8A8,
+        W8A8_STATIC,
+        Activation,
+        Policy,
+        parse_policy,
+    )
     from jquant.core.errors import JQuantError, JQuantWarning
     from jquant.core.formats import (
         FP8_E4M3,
@@ -44,12 +55,14 @@ if TYPE_CHECKING:
     from jquant.solvers.gptq import gptq
     from jquant.solvers.rtn import rtn
     from jquant.trace.execute import explain, quantized
+    from jquant.trace.fake_quant import fake_quantized
     from jquant.trace.sites import Site, Sites, find_sites
 
 # The same names once more, for the import at run time (tests/cli/test_program.py holds the two together).
 _NAMES = {
     "calibrate": "calibrate",
     "checkpoint": "load save",
+    "core.activation": "FP8 FP8_STATIC W4A8 W4A16 W8A8 W8A8_STATIC Activation Policy parse_policy",
     "core.errors": "JQuantError JQuantWarning",
     "core.formats": "FP8_E4M3 FP8_E5M2 INT2_G32_ASYM INT3_G64 INT3_G64_ASYM INT4 INT4_G32 INT4_G64 INT4_G64_ASYM "
     "INT4_G128 INT4_G128_ASYM INT5_G64 INT6_G64 INT8 INT8_G128 INT8_TENSOR NF4 Format parse_format",
@@ -62,6 +75,7 @@ _NAMES = {
     "solvers.gptq": "gptq",
     "solvers.rtn": "rtn",
     "trace.execute": "explain quantized",
+    "trace.fake_quant": "fake_quantized",
     "trace.sites": "Site Sites find_sites",
 }
 _ROOMS = ("core", "solvers", "ops", "trace", "models", "checkpoint", "report")

@@ -43,8 +43,8 @@ def quantize(
     stays in float for the reads before that. A leaf that is only looked up is rounded to nearest. On a terminal a line
     shows the progress.
 
-    Where the recipe has a `Policy`, the inputs of the matmuls are rounded too when `quantized` runs them. The walk itself
-    runs on unrounded inputs; static ranges are calibrated at its end, on what the quantized weights produce.
+    Where the recipe has a `Policy`, the inputs of the matmuls are rounded too when `quantized` runs them. The walk
+    itself runs on unrounded inputs; static ranges are calibrated at its end, on what the quantized weights produce.
 
     Args:
       apply: `apply(params, *args)`, pure.

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jquant.calibrate import calibrate
 from jquant.core.errors import JQuantError, RecipeError
-from jquant.core.histogram import static_range
+from jquant.core.histogram import BINS, Histogram, range_params, static_range
 from jquant.core.paths import map_with_paths
 from jquant.core.qtensor import QTensor
 from jquant.core.stats import Stats
@@ -47,6 +48,16 @@ def _add(q: QTensor, target: Target, stats: Mapping[str, Stats]) -> QTensor:
             "batches, or use a dynamic range"
         )
     return q.replace(activation=act, activation_params=params)
+
+
+def with_activation(q: QTensor, target: Target) -> QTensor:
+    """The activation of a target, a static range of zeros: the shapes of what `add_activations` gives."""
+    act = target.activation
+    if act is None or not act.static:
+        return q.replace(activation=act)
+    lead = [q.shape[a] for a in target.batch]
+    nothing = Histogram(jnp.zeros((*lead, 2 * BINS)), jnp.zeros(lead), jnp.zeros(lead))
+    return q.replace(activation=act, activation_params=range_params(nothing, act, q, target.batch))
 
 
 def _observe(apply: Any, qtree: Any, static: set[str], batches: list[Any]) -> dict[str, Stats]:

@@ -192,7 +192,7 @@ def sites_table(sites: Iterable[Site], tree: Any) -> Table:
 
 
 def _format_name(leaf: Any) -> str:
-    return str(leaf.format) if is_qtensor(leaf) else jnp.dtype(leaf.dtype).name
+    return leaf.scheme if is_qtensor(leaf) else jnp.dtype(leaf.dtype).name
 
 
 def layerless(path: str) -> str:

@@ -58,7 +58,7 @@ def save(
     extra_files = dict(extra_files or {})
     manifest = {
         "format": _folder.FORMAT_NAME,
-        "format_version": _folder.FORMAT_VERSION,
+        "format_version": _folder.version_needed(leaves.values()),
         "jquant_version": _version(),
         "metadata": _as_json(target, dict(metadata or {})),
         "extra_files": [_check_name(name) for name in extra_files],
@@ -179,7 +179,8 @@ def _fit(path: Path, leaves: dict[str, Any], like: Any) -> dict[str, Any]:
         if hasattr(want, "shape") and not _key_like(want) and tuple(want.shape) != tuple(getattr(have, "shape", ())):
             raise CheckpointError(f"{path}: {p} was saved with shape {have.shape}, and `like` has {tuple(want.shape)}")
         if is_qtensor(want) and not (
-            is_qtensor(have) and (want.format, want.contracted) == (have.format, have.contracted)
+            is_qtensor(have)
+            and (want.format, want.activation, want.contracted) == (have.format, have.activation, have.contracted)
         ):
             raise CheckpointError(f"{path}: {p} was saved as {have}, and `like` has {want}")
     return wanted
@@ -242,7 +243,10 @@ def _component_shardings(path: Path, leaf_path: str, leaf: Any, place: Callable[
         if isinstance(leaf, QTensor) and isinstance(where, Sharding):
             where = qtensor_sharding(leaf, where)
         if isinstance(where, QTensor):
-            flat: list[Any] = [*where.codes, where.scale, *([] if leaf.zero_point is None else [where.zero_point])]
+            # A leaf of `like` may have None for an array that has no sharding.
+            flat: list[Any] = jax.tree.leaves(where, is_leaf=lambda s: s is None)
+            whole = jax.tree.leaves(leaf, is_leaf=lambda a: a is None)
+            flat = [s for s, a in zip(flat, whole, strict=True) if a is not None]
         else:
             flat = [where] * len(arrays)
         for s, array in zip(flat, arrays, strict=True):

@@ -18,7 +18,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,13 @@ from jquant.core.errors import CheckpointError
 MANIFEST = "jquant.json"
 ARRAYS = "arrays"
 FORMAT_NAME = "jquant checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: a QTensor may have an activation
+
+
+def version_needed(leaves: Iterable[Any]) -> int:
+    """The oldest version that can say what the leaves are: whoever knows only that one reads them right."""
+    return 2 if any(getattr(leaf, "activation", None) is not None for leaf in leaves) else 1
+
 _TMP, _OLD = ".jquant-tmp-", ".jquant-old-"
 
 

@@ -68,4 +68,5 @@ def qtensor_sharding(q: QTensor, sharding: Sharding) -> QTensor:
         codes=tuple(place(c, True) for c in q.codes),
         scale=place(q.scale, False),
         zero_point=None if q.zero_point is None else place(q.zero_point, False),
+        activation_params=jax.tree.map(lambda a: place(a, False), q.activation_params),
     )

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.core.activation import Activation
 from jquant.core.errors import CheckpointError, JQuantError
-from jquant.core.formats import Format
+from jquant.core.formats import BlockParams, Format
 from jquant.core.paths import flatten_with_paths
 from jquant.core.qtensor import QTensor, is_qtensor
 
@@ -147,7 +148,18 @@ def _describe_qtensor(path: str, q: QTensor, arrays: Arrays) -> dict[str, Any]:
         "codes": [arrays.add(c) for c in q.codes],
         "scale": arrays.add(q.scale),
         "zero_point": None if q.zero_point is None else arrays.add(q.zero_point),
+        **_describe_activation(q, arrays),
     }
+
+
+def _describe_activation(q: QTensor, arrays: Arrays) -> dict[str, Any]:
+    """Only where there is one: what older versions wrote has none."""
+    if q.activation is None:
+        return {}
+    params = q.activation_params
+    pair = () if params is None else (params.scale, params.zero_point)
+    stored = [None if a is None else arrays.add(a) for a in pair] or None
+    return {"activation": dataclasses.asdict(q.activation), "activation_params": stored}
 
 
 def _read_format(path: str, fields: dict[str, Any]) -> Format:
@@ -156,6 +168,13 @@ def _read_format(path: str, fields: dict[str, Any]) -> Format:
         return Format(**values)
     except (TypeError, JQuantError) as e:
         raise CheckpointError(f"{path}: this jquant does not know its format {fields}; update jquant ({e})") from e
+
+
+def _read_activation(path: str, fields: dict[str, Any] | None) -> Activation | None:
+    try:
+        return None if fields is None else Activation(**fields)
+    except (TypeError, JQuantError) as e:
+        raise CheckpointError(f"{path}: this jquant does not know its activation {fields}; update jquant ({e})") from e
 
 
 def abstract(path: str, entry: dict[str, Any]) -> Any:
@@ -174,6 +193,8 @@ def abstract(path: str, entry: dict[str, Any]) -> Any:
             tuple(entry["inner"]),
             entry["pad"],
             entry["dtype"],
+            _read_activation(path, entry.get("activation")),
+            BlockParams(*(e and one(e) for e in stored)) if (stored := entry.get("activation_params")) else None,
         )
     if entry["kind"] == "python":
         value = entry["value"]
@@ -186,7 +207,8 @@ def array_entries(entry: dict[str, Any]) -> list[dict[str, Any]]:
     if entry["kind"] == "python":
         return []
     if entry["kind"] == "qtensor":
-        return [*entry["codes"], entry["scale"], *([entry["zero_point"]] if entry["zero_point"] else [])]
+        more = (entry["zero_point"], *(entry.get("activation_params") or ()))
+        return [*entry["codes"], entry["scale"], *(e for e in more if e)]
     return [entry]
 
 

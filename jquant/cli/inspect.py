@@ -15,9 +15,10 @@ from jquant.core.formats import compute_params
 from jquant.core.paths import map_with_paths
 from jquant.core.qtensor import encode_array, to_rows
 from jquant.models.decoder import nest
-from jquant.quantize import Target, plan_targets
+from jquant.ranges import with_activation
 from jquant.report import bytes_table, sites_table
 from jquant.trace.sites import find_sites
+from jquant.trace.targets import Target, plan_targets
 
 
 def run(args: Namespace) -> None:
@@ -55,7 +56,8 @@ def _as_quantized(tree: Any, targets: dict[str, Target]) -> Any:
         return leaf if target is None else jax.eval_shape(lambda w: _round(w, target), leaf)
 
     def _round(w: jax.Array, t: Target) -> Any:
-        return encode_array(w, compute_params(to_rows(w, t.contracted), t.format), t.format, t.contracted)
+        q = encode_array(w, compute_params(to_rows(w, t.contracted), t.format), t.format, t.contracted)
+        return with_activation(q, t)
 
     return map_with_paths(one, tree)
 

@@ -31,6 +31,10 @@ recipes say what is quantized, and to which format:
 formats: int2 .. int8, nf4, fp8_e4m3, fp8_e5m2; then -g64 (a scale for every 64
 numbers; without it, for a channel), -tensor, -asym (a zero point too), and
 -f32, -bf16 or -f16 (dtype of the scales).
++ and an element round the inputs of the products too: int8+int8 for every
+token as it comes, int8+int8-tensor for all tokens; with a range from the
+calibration text -max, -mse or -p99.9 (a percentile), as in int8+int8-max-asym.
+Such pairs have names: w8a8, w4a8, fp8, w8a8-static, fp8-static.
 
 methods say how, '+' composes them from left to right:
   rtn              round to nearest; needs no data

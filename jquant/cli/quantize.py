@@ -16,6 +16,7 @@ import jquant as jq
 from jquant.checkpoint import folder
 from jquant.cli.common import Text, check_length, cut_text, default_text, is_saved, load_model, read_text, say
 from jquant.cli.options import UsageError
+from jquant.core.activation import split_policy
 from jquant.core.errors import JQuantError
 from jquant.core.method import Method
 from jquant.core.paths import flatten_with_paths
@@ -62,9 +63,9 @@ def parse_recipe(text: str, paths: list[str]) -> Recipe:
 def run(args: Namespace) -> None:
     """The command."""
     method = parse_method(args.method, args.act_order, args.damp)
-    parse_recipe(args.recipe, [])  # a mistake is told before the model is loaded
+    recipe = parse_recipe(args.recipe, [])  # a mistake is told before the model is loaded
     _check_paths(args)
-    calibration = _calibration_file(args, method)
+    calibration = _calibration_file(args, method, wants_data(method, recipe))
     content = read_text(calibration) if calibration else None
     model = load_model(args.model, args.dtype)
     text = None
@@ -92,10 +93,18 @@ def _check_paths(args: Namespace) -> None:
     folder.check_target(out, args.overwrite)
 
 
-def _calibration_file(args: Namespace, method: Method) -> str | None:
-    if not method.needs:
-        if args.calibration or args.resume:
-            raise UsageError(f"--method {args.method} looks at no data: leave out --calibration and --resume")
+def wants_data(method: Method, recipe: Recipe) -> bool:
+    """Whether a calibration text is needed: by the method, or for the static range of an input."""
+    activations = [split_policy(rule)[1] for _, rule in recipe.rules if rule is not None]
+    return bool(method.needs) or any(a is not None and a.static for a in activations)
+
+
+def _calibration_file(args: Namespace, method: Method, wanted: bool) -> str | None:
+    if args.resume and not method.needs:
+        raise UsageError(f"--method {args.method} looks at no data, there is nothing to resume: leave out --resume")
+    if not wanted:
+        if args.calibration:
+            raise UsageError(f"--method {args.method} looks at no data: leave out --calibration")
         return None
     file = args.calibration or default_text(args.model, "calibration.txt")
     if file is None:

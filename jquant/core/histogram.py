@@ -172,15 +172,16 @@ def static_range(path: str, act: Activation, stats: "Mapping[str, Stats]", q: QT
             f"{path}: its uses share axes with their inputs in different ways, so that its input has no static range "
             f"({act}); use a dynamic range"
         )
-    return jax.tree.map(lambda a: _beside(a, q, batch), _range_params(seen, act))
+    return range_params(seen, act, q, batch)
+
+
+def range_params(seen: Histogram, act: Activation, q: QTensor, batch: Any) -> BlockParams:
+    """Scale and zero point of a static range, `[*kept, 1]`, ones in place of the kept axes that are not in `batch`."""
+    shape = [q.shape[k] if k in batch else 1 for k in q.kept]
+    return jax.tree.map(lambda a: a.reshape(*shape, 1), _range_params(seen, act))
 
 
 @partial(jax.jit, static_argnums=1)
 def _range_params(seen: Histogram, act: Activation) -> BlockParams:
     low, high = find_range(seen, act)
     return block_params(low[..., None], high[..., None], act.format)
-
-
-def _beside(a: jax.Array, q: QTensor, batch: Any) -> jax.Array:
-    """`[*batch, 1]` -> `[*kept, 1]`, ones in place of the other kept axes."""
-    return a.reshape(*[q.shape[k] if k in batch else 1 for k in q.kept], 1)

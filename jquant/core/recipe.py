@@ -13,7 +13,7 @@ _KEEP_FLOAT = ("*embed*", "*lm_head*")
 
 
 class Recipe:
-    """An ordered mapping from path patterns (`fnmatch`: `*`, `?`, `[...]`) to a `Format`, a `Policy`, or None for floats.
+    """An ordered mapping from path patterns (`fnmatch`: `*`, `?`, `[...]`) to a `Format`, a `Policy` or None (floats).
 
     `Recipe({"*lm_head*": None, "*": INT4_G128})`. `*` also matches "/". A path that no pattern matches keeps floats.
     Immutable and hashable.

@@ -50,7 +50,7 @@ class ExecuteReader:
         self.log: dict[Any, Ran] = {}
 
     def use(self, use: Use, frame: interpreter.Frame) -> list[Any]:
-        ref, q = use.ref, use.ref.value
+        q = use.ref.value
         if not is_qtensor(q):
             return compat.bind(use.eqn, *[a.array() if isinstance(a, Ref) else a for a in use.args])
         runner, reason = _RUN.get(use.kind), _mismatch(use, q)

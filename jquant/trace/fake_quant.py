@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jquant.core.activation import Activation, Policy
+from jquant.core.activation import Policy
 from jquant.core.formats import BlockParams, Format, spread
 from jquant.core.histogram import static_range
 from jquant.core.method import Rounding
@@ -75,6 +75,7 @@ class TrainedQTensor(QTensor):
     """
 
     __slots__ = ("soft",)
+    soft: jax.Array
 
     def tree_flatten(self):
         children, static = super().tree_flatten()
@@ -87,10 +88,16 @@ class TrainedQTensor(QTensor):
         return q
 
     def replace(self, **changes: Any) -> "TrainedQTensor":
-        return _with_soft(super().replace(**changes), changes.get("soft", self.soft))
+        soft = changes.pop("soft", self.soft)
+        return _with_soft(_plain(self).replace(**changes), soft)
 
     def rows(self) -> jax.Array:
         return straight_through(jax.lax.stop_gradient(super().rows()), self.soft.astype(jnp.float32))
+
+
+def _plain(q: TrainedQTensor) -> QTensor:
+    children, static = QTensor.tree_flatten(q)
+    return QTensor.tree_unflatten(static, children)
 
 
 def _with_soft(q: QTensor, soft: jax.Array) -> TrainedQTensor:
@@ -102,20 +109,24 @@ def _trained(w: jax.Array, target: Target, stats: Mapping[str, Stats] | None, cl
     """The leaf rounded to nearest, with its derivative."""
     fixed = jax.lax.stop_gradient(w)
     problem = as_problem(fixed, target.contracted, target.batch)
-    q = finish(problem, rtn().solve(Rounding(problem.rows), None, target.format), target.format)
+    solve = rtn().solve
+    assert solve is not None
+    q = finish(problem, solve(Rounding(problem.rows), None, target.format), target.format)
     # As in `quantized`, the codes are given: fused into their products they might be rounded in another way.
     q = jax.lax.optimization_barrier(q)
     if clip:
         reached = from_rows(_inside(to_rows(fixed, target.contracted), q), q.contracted, q.contracted_shape)
         w = jnp.where(reached, w, fixed)
     act = target.activation
+    params = None
     if act is not None and act.static and stats is None:
-        act = act.replace(range="dynamic", percentile=Activation().percentile)
-    params = None if act is None or not act.static else static_range(target.path, act, stats, q, target.batch)
+        act = act.replace(range="dynamic")
+    elif act is not None and act.static and stats is not None:
+        params = static_range(target.path, act, stats, q, target.batch)
     return _with_soft(q.replace(activation=act, activation_params=params), to_rows(w, target.contracted))
 
 
 def _inside(rows: jax.Array, q: QTensor) -> jax.Array:
     n = rows.shape[-1]
-    each = BlockParams(*(None if a is None else spread(a, q.format, n) for a in (q.scale, q.zero_point)))
-    return inside(rows, each, q.format)
+    zero = None if q.zero_point is None else spread(q.zero_point, q.format, n)
+    return inside(rows, BlockParams(spread(q.scale, q.format, n), zero), q.format)

@@ -71,7 +71,7 @@ class ObserveReader:
 
     inline, unroll = True, False
 
-    def __init__(self, wanted: set[str] | None = None, needs: frozenset[str] = NEEDS):
+    def __init__(self, wanted: set[str] | None = None, needs: frozenset[str] = NEEDS - {"histogram"}):
         self.wanted, self.needs = wanted, needs
         self.members: dict[str, dict[Member, None]] = {}
         self.skipped: dict[str, str] = {}

@@ -11,7 +11,6 @@ from jquant.core.formats import BlockParams
 from jquant.core.qtensor import QTensor
 from jquant.ops.low_precision import round_input, static_params
 from jquant.trace.uses import Use
-from jquant.trace.view import Ref
 
 Runner = Callable[[Use], tuple[jax.Array, str]]
 
