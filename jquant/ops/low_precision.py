@@ -272,17 +272,18 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def inside(x: jax.Array, params: BlockParams, fmt: Format) -> jax.Array:
-    """Which of `x` `[..., n]` the codes reach: bool. `params` broadcast against `x`."""
-    scale = params.scale.astype(jnp.float32)
+    """Which of `x` `[..., n]` the codes reach, to a step: bool. `params` broadcast against `x`.
+
+    The largest number of a block lies half a step beyond the last code, and a little more where its scale was rounded.
+    """
+    scale, x = params.scale.astype(jnp.float32), x.astype(jnp.float32)
     element = ELEMENTS[fmt.element]
-    low, high = -element.top, element.top
-    x = x.astype(jnp.float32)
-    if params.zero_point is None:
-        if element.kind == "int":
-            low, high = -(2 ** (fmt.bits - 1)) - 0.5, 2 ** (fmt.bits - 1) - 0.5
-        return (x >= low * scale) & (x <= high * scale)
-    zero = params.zero_point.astype(jnp.float32)
-    return (x >= (-0.5 - zero) * scale) & (x <= (2**fmt.bits - 0.5 - zero) * scale)
+    low: Any = -element.top * (1 + 1 / 16)
+    high: Any = element.top * (1 + 1 / 16)
+    if element.kind == "int":
+        zero = 2 ** (fmt.bits - 1) if params.zero_point is None else params.zero_point.astype(jnp.float32)
+        low, high = -1 - zero, 2**fmt.bits - zero
+    return (x >= low * scale) & (x <= high * scale)
 
 
 def round_input(x: jax.Array, act: Activation, static: BlockParams | None = None, clip: bool = True) -> jax.Array:

@@ -178,7 +178,8 @@ def test_the_derivative_goes_straight_through_inside_the_range(act):
     if static is None:
         np.testing.assert_array_equal(grad(True), weights)
     else:
-        moved = np.abs(value - x)[0] > 0.5 * 0.01 * (1 if act.element == "int8" else 50) + 1e-6
+        moved = np.abs(value - x)[0] > 0.01 * (1 if act.element == "int8" else 50)  # more than a step
+        assert 2 <= np.sum(moved) <= 5
         np.testing.assert_array_equal(grad(True), np.where(moved, 0, weights))
     codes, params = encode_input(x, act, static)
     np.testing.assert_array_equal(value, decode(codes, params, act.format))
