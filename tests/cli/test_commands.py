@@ -55,6 +55,27 @@ def test_quantize_equals_the_library(files):
     np.testing.assert_allclose(saved.apply(saved.params, tokens), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("recipe, static", [("w8a8", False), ("int8+fp8_e4m3-p99.9", True), ("*up*=w8a8-static", True)])
+def test_policies_quantize_evaluate_and_are_shown(files, tmp_path, capsys, recipe, static):
+    out, data = tmp_path / "out", ["--calibration", files / "text.txt", "--samples", 3, "--length", 32]
+    command = ["quantize", files / "model", "--recipe", recipe, "--method", "rtn", "--out", out]
+    if not static:  # a dynamic range needs no text
+        assert "looks at no data" in call(capsys, *command, *data)[2]
+    code, shown, said = call(capsys, *command, *(data if static else []))
+    assert code == 0, said
+    name = str(jq.parse_recipe(recipe.split("=")[-1])("x"))
+    assert "+" in name and name in shown
+    model = jq.models.load(out)
+    assert name in {leaf.scheme for _, leaf in flatten_with_paths(model.params)[0] if jq.is_qtensor(leaf)}
+    assert name in call(capsys, "inspect", out)[1]
+    assert name in call(capsys, "inspect", files / "model", "--recipe", recipe)[1]
+    code, shown, _ = call(capsys, "eval", out, "--text", files / "text.txt", "--windows", 2, "--length", 32)
+    assert code == 0 and "KL" in shown
+    if static:
+        short = [a for a in command if a != "--out" and a != out]
+        assert "needs data" in call(capsys, *short, "--out", tmp_path / "none")[2]
+
+
 def test_quantize_overwrites_when_asked(files, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(files / "saved", out)

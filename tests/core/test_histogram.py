@@ -74,7 +74,8 @@ def test_the_mse_range_is_near_the_best_and_no_worse_than_all(act):
     whole = find_range(seen, act.replace(range="max"))
     mine, all_of_it = error(x, low, high, act), error(x, *whole, act)
     assert np.all(mine <= all_of_it * 1.001)
-    best = np.min([error(x, whole[0] * f, whole[1] * f, act) for f in np.exp2(-np.arange(0, 7, 0.125)).tolist()], axis=0)
+    factors = np.exp2(-np.arange(0, 7, 0.125)).tolist()
+    best = np.min([error(x, whole[0] * f, whole[1] * f, act) for f in factors], axis=0)
     assert np.all(mine <= 1.05 * best)
     if act.element == "int4":
         assert np.all(mine < 0.85 * all_of_it)  # outliers are cut
@@ -94,6 +95,16 @@ def test_degenerate_inputs():
     assert wild.counts.sum() == 3 and wild.high == np.float32(1e20)
     assert counted(jnp.zeros((2, 0, 4))).counts.shape == (2, 2 * BINS)
     assert counted(jnp.ones((1, 2, 3), jnp.bfloat16)).counts.sum() == 6
+
+
+@pytest.mark.parametrize("n", [96, 1536, 577])
+def test_a_large_batch_is_sampled_from_every_channel(n):
+    tokens = 2**18 // n
+    x = jnp.broadcast_to(jnp.asarray(np.exp2(np.arange(n) % 48 - 24.0), jnp.float32), (1, tokens, n))
+    counts = np.asarray(counted(x).counts[0])
+    assert 2**14 <= counts.sum() <= 2**16
+    met = counts[counts > 0]
+    assert len(met) == 48 and met.max() < 1.5 * met.min()
 
 
 def test_masked_tokens_do_not_count():

@@ -16,7 +16,8 @@ from jquant.core.formats import BlockParams
 from tests import model_bank
 from tests.model_bank import params
 
-ACTS = [jq.Activation(), jq.Activation("int8", "tensor", False, "max"), jq.Activation("fp8_e4m3", "tensor", range="mse")]
+STATIC = jq.Activation("int8", "tensor", False, "max")
+ACTS = [jq.Activation(), STATIC, jq.Activation("fp8_e4m3", "tensor", range="mse")]
 
 
 def layers(act: jq.Activation) -> jq.QTensor:

@@ -23,7 +23,8 @@ WEIGHTS = [
 ]  # fmt: skip
 INPUTS = [
     Activation(), Activation(symmetric=False), Activation(block="tensor"), Activation("int4"), Activation("fp8_e4m3"),
-    Activation("fp8_e5m2", "tensor"), Activation("int8", "tensor", False, "max"), Activation("fp8_e4m3", "tensor", range="mse"),
+    Activation("fp8_e5m2", "tensor"), Activation("int8", "tensor", False, "max"),
+    Activation("fp8_e4m3", "tensor", range="mse"),
 ]  # fmt: skip
 
 
@@ -32,7 +33,8 @@ def weight(fmt: Format, act: Activation, shape=(5, 40), seed=0, contracted=(-1,)
     params = None
     if act.static:
         lead = shape[:batch] + (1,) * (len(shape) - 1 - batch)
-        params = BlockParams(jnp.full((*lead, 1), 0.02), None if act.symmetric else jnp.full((*lead, 1), 100, jnp.uint8))
+        zero = None if act.symmetric else jnp.full((*lead, 1), 100, jnp.uint8)
+        params = BlockParams(jnp.full((*lead, 1), 0.02), zero)
     scales = compute_params(w.reshape(*shape[:-1], shape[-1]), fmt, stacked=batch)
     return encode_array(w, scales, fmt, contracted).replace(activation=act, activation_params=params)
 
@@ -138,7 +140,7 @@ def lowered(fmt: Format, act: Activation, platform: str, tokens: int = 6) -> lis
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])
-@pytest.mark.parametrize("fmt", [WEIGHTS[0], WEIGHTS[1], WEIGHTS[2], Format("int4"), Format("int3", symmetric=False)], ids=str)
+@pytest.mark.parametrize("fmt", [*WEIGHTS[:3], Format("int4"), Format("int3", symmetric=False)], ids=str)
 @pytest.mark.parametrize("act", [INPUTS[0], INPUTS[1], INPUTS[6]], ids=str)
 def test_integers_are_multiplied_as_int8(fmt, act, platform):
     assert lowered(fmt, act, platform) == [("i8", "i8", "i32")]

@@ -10,7 +10,7 @@ from jquant.core.activation import Activation, Policy, encode_input
 from jquant.core.errors import JQuantError, RecipeError, TraceError
 from jquant.core.formats import BlockParams, Format, decode
 from tests import model_bank
-from tests.model_bank import BANK, MODELS, X, Model, assert_same, jitted, normal, params, quick
+from tests.model_bank import BANK, MODELS, Model, X, assert_same, jitted, normal, params, quick
 
 ASYMMETRIC = Policy(Format("int8", symmetric=False), Activation("int8", "tensor", symmetric=False))
 POLICIES = [jq.W8A8, Policy(Format("int4", 5), Activation()), jq.FP8, ASYMMETRIC]
@@ -22,9 +22,8 @@ PRODUCTS = ("dot", "conv", "ragged_dot")
 def with_policy(model: Model, policy: Policy):
     """The model's parameters quantized, and its products' inputs rounded."""
     looked_up = {s.path for s in model.sites} - {s.path for s in model.sites if s.kind in PRODUCTS}
-    set_one = lambda path, leaf: leaf if path in looked_up or not jq.is_qtensor(leaf) else leaf.replace(
-        activation=policy.activation
-    )  # fmt: skip
+    rounds = lambda path, leaf: jq.is_qtensor(leaf) and path not in looked_up
+    set_one = lambda path, leaf: leaf.replace(activation=policy.activation) if rounds(path, leaf) else leaf
     return jq.core.paths.map_with_paths(set_one, model_bank.quantize(model.name, policy.weight))
 
 
@@ -101,7 +100,9 @@ def test_vmap_rounds_each_example_by_itself():
 # --- a forgotten wrapper ---
 
 
-@pytest.mark.parametrize("name", ["matmul", "scan", "linen_attention", "linen_tied", "nnx_tied", "moe_einsum", "checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["matmul", "scan", "linen_attention", "linen_tied", "nnx_tied", "moe_einsum", "checkpoint"]
+)
 def test_a_forgotten_wrapper_is_a_loud_error(name: str):
     model = BANK[name]
     q = with_policy(model, jq.W8A8)
