@@ -30,9 +30,7 @@ def ours(name: str, batch: int) -> dict:
 
     import jquant as jq
     import jquant.models
-    from jquant.core import memory
 
-    memory.give_back_at_once()
     policy, method, _ = ROWS[name]
     model = jq.models.load("demo")
     text = windows(model, "calibration", 64)

@@ -33,9 +33,7 @@ def ours(fmt: str, batch: int) -> dict:
 
     import jquant as jq
     import jquant.models
-    from jquant.core import memory
 
-    memory.give_back_at_once()
     model = jq.models.load("demo")
     text = windows(model, "calibration", 64)
     batches = [jnp.asarray(text[i : i + batch]) for i in range(0, len(text), batch)]

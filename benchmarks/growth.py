@@ -42,9 +42,7 @@ def point(width: int, depth: int) -> dict:
 
     import jquant as jq
     from jquant import models
-    from jquant.core import memory
 
-    memory.give_back_at_once()
     cfg = config(width, depth)
     params = jax.block_until_ready(models.init(cfg, jax.random.key(0)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 import jquant as jq
-from jquant.core import memory
 from jquant.models import Model
 from jquant.report import evaluation_table, megabytes, reference_row, row, sites_table
 
@@ -30,7 +29,6 @@ LENGTH = 512
 def main() -> None:
     """Six steps: load, look, quantize twice, compare, continue a prompt, save."""
     args, started = parse_args(), time.monotonic()
-    memory.give_back_at_once()
     out = free_folder(args.out, args.overwrite)
 
     title("Load SmolLM2-135M-Instruct (float32)")

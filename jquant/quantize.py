@@ -1,18 +1,22 @@
 """`quantize`: a recipe and a method turn a float tree into a quantized one."""
 
+import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jquant.core import kept, memory
 from jquant.core.activation import Policy
 from jquant.core.errors import JQuantError, JQuantWarning, NonFiniteError
 from jquant.core.formats import Format
 from jquant.core.method import Method, Rounding
 from jquant.core.paths import flatten_with_paths
-from jquant.core.problem import Problem, as_problem, finish
+from jquant.core.problem import as_problem, finish
 from jquant.core.qtensor import QTensor
 from jquant.core.recipe import Recipe, as_recipe
 from jquant.core.stats import Stats
@@ -20,7 +24,7 @@ from jquant.ranges import add_activations
 from jquant.resume import Store, fingerprint
 from jquant.solvers.rtn import rtn
 from jquant.trace.function import call_args
-from jquant.trace.observe import Observed, gather_stats
+from jquant.trace.observe import Observed, gather_stats, stats_shapes
 from jquant.trace.program import Unit
 from jquant.trace.sites import find_sites
 from jquant.trace.targets import Target, plan_targets
@@ -96,24 +100,45 @@ def _unit_axes(axes: tuple[int, ...], at: tuple[tuple[int, int], ...]) -> tuple[
     return tuple(-sum(b not in gone for b in range(a, 0)) for a in axes if a not in gone)
 
 
-_compiled: Any = jax.jit(lambda solve, rows, stats, fmt: solve(Rounding(rows), stats, fmt), static_argnums=(0, 3))
+_ROUND = rtn()  # for what no activations reach
+Axes = tuple[tuple[int, ...], tuple[int, ...]]  # the contracted axes of a weight, and those that are solved apart
 
 
-def _run_solver(method: Method, rows: jax.Array, stats: Stats | None, fmt: Format) -> Rounding:
-    if method.solve is None:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _solved(
+    method: Method, fmt: Format, axes: tuple[Axes, ...], weights: list[jax.Array], stats: Stats | None
+) -> tuple[list[QTensor], dict[str, jax.Array]]:
+    """Weights that share their statistics, solved as the rows of one matrix; and the solver's notes."""
+    problems = [as_problem(w, *a) for w, a in zip(weights, axes, strict=True)]
+    rows = jnp.concatenate([p.rows.astype(jnp.float32) for p in problems], axis=1)
+    flat = None if stats is None else _flat_stats(stats, rows.shape[0])
+    done = None if method.solve is None else method.solve(Rounding(rows), flat, fmt)
+    if done is None or done.codes is None:
         raise JQuantError(f"quantize: {method.name} chooses no codes; chain it with rtn() or gptq()")
-    done = _compiled(method.solve, rows, stats, fmt)
-    if done.codes is None:
-        raise JQuantError(f"quantize: {method.name} chooses no codes; chain it with rtn() or gptq()")
-    return done
+    out, start = [], 0
+    for problem in problems:
+        stop = start + problem.rows.shape[1]
+        out.append(finish(problem, _rows_of(done, start, stop, len(problems) > 1), fmt))
+        start = stop
+    return out, done.notes
+
+
+def _rows_of(done: Rounding, start: int, stop: int, shared: bool) -> Rounding:
+    return jax.tree.map(lambda a: a[:, start:stop], done._replace(notes={})) if shared else done
+
+
+def _flat_stats(stats: Stats, batch: int) -> Stats:
+    """Statistics with one leading batch axis."""
+    lead = stats.tokens.ndim
+    return jax.tree.map(lambda a: a.reshape(batch, *a.shape[lead:]), stats)
 
 
 def _solve_whole(w: Any, target: Target, method: Method) -> QTensor:
     """A leaf without statistics."""
-    problem = as_problem(jnp.asarray(w), target.contracted, target.batch)
-    done = _run_solver(method, problem.rows, None, target.format)
-    _warn(target.path, done)
-    return finish(problem, done, target.format)
+    axes = ((target.contracted, target.batch),)
+    (q,), notes = _solved(method, target.format, axes, [jnp.asarray(w)], None)
+    _warn(target.path, notes)
+    return q
 
 
 # What a solver notes, in words; notes that are not here are no reason to warn.
@@ -124,10 +149,11 @@ _NOTES = {
 }
 
 
-def _warn(name: str, done: Rounding) -> None:
-    for note, text in _NOTES.items():
-        total = float(jnp.sum(done.notes[note])) if note in done.notes else 0.0
-        if total:
+def _warn(name: str, notes: dict[str, jax.Array]) -> None:
+    values = jax.device_get({note: notes[note] for note in _NOTES if note in notes})
+    for note, value in values.items():
+        text = _NOTES[note]
+        if total := float(np.sum(value)):
             warnings.warn(f"{name}: {text.format(total)}", JQuantWarning, stacklevel=2)
 
 
@@ -140,6 +166,7 @@ def _walk(
     wanted = {p for p, t in targets.items() if t.observable}
     walk = Walk(apply, params, batches, wanted, method.needs)
     solver = _Solver(walk, targets, method)
+    solver.prepare()
     store, start, solved = None, 0, {}
     if resume is not None:
         names = (repr(recipe), method.name, jax.__version__)
@@ -211,36 +238,48 @@ class _Solver:
         return (id(stats), fmt, unit if alone else None)
 
     def _solve(self, units: list[Unit], seen: Observed | None) -> dict[Unit, QTensor]:
-        target = self.targets[units[0].path]
-        problems = [self._unit_problem(u) for u in units]
-        rows = jnp.concatenate([p.rows.astype(jnp.float32) for p in problems], axis=1)
         name = unit_name(units[0]) + (f" and {len(units) - 1} more" if len(units) > 1 else "")
-        stats = None if seen is None else _flat_stats(seen.stats, rows.shape[0])
-        if stats is None:
+        if seen is None:
             warnings.warn(f"{name}: no activations reach it; rounded to nearest", JQuantWarning, stacklevel=2)
-        done = _run_solver(self.method if stats is not None else rtn(), rows, stats, target.format)
-        _warn(name, done)
-        out, start = {}, 0
-        for unit, problem in zip(units, problems, strict=True):
-            stop = start + problem.rows.shape[1]
-            out[unit] = finish(problem, _rows_of(done, start, stop, len(units) > 1), target.format)
-            start = stop
-        return out
+        method, stats = (_ROUND, None) if seen is None else (self.method, seen.stats)
+        weights = [jnp.asarray(self.walk.unit_value(u)) for u in units]
+        out, notes = _solved(method, self._format(units[0]), tuple(map(self._axes, units)), weights, stats)
+        _warn(name, notes)
+        return dict(zip(units, out, strict=True))
 
-    def _unit_problem(self, unit: Unit) -> Problem:
+    def _format(self, unit: Unit) -> Format:
+        return self.targets[unit.path].format
+
+    def _axes(self, unit: Unit) -> Axes:
         target = self.targets[unit.path]
-        axes = _unit_axes(target.contracted, unit.at), _unit_axes(target.batch, unit.at)
-        return as_problem(jnp.asarray(self.walk.unit_value(unit)), *axes)
+        return _unit_axes(target.contracted, unit.at), _unit_axes(target.batch, unit.at)
 
+    def prepare(self) -> None:
+        """Compiles the solvers that the walk will ask for, as far as its stops tell.
 
-def _rows_of(done: Rounding, start: int, stop: int, shared: bool) -> Rounding:
-    return jax.tree.map(lambda a: a[:, start:stop], done._replace(notes={})) if shared else done
+        Compiling takes memory; here there are no activations yet.
+        """
+        expected = [key for units in self.walk.ready() for key in self._expected(units)]
+        for fmt, axes, shapes, lead, n in dict.fromkeys(expected):
+            weights = [jax.ShapeDtypeStruct(*s) for s in shapes]
+            _solved.lower(self.method, fmt, axes, weights, stats_shapes(self.method.needs, lead, n)).compile()
+        memory.give_back()
 
+    def _expected(self, units: list[Unit]) -> list[Any]:
+        """What `_solved` will be called with: the units of a stop read one array, most often in one way."""
+        groups: dict[Any, list[Unit]] = {}
+        for unit in units:
+            fmt, (contracted, batch), shape = self._format(unit), self._axes(unit), self._shape(unit)
+            sizes = tuple(shape[a] for a in batch), math.prod(shape[a] for a in contracted)
+            groups.setdefault((fmt, *sizes, unit if fmt.block == "tensor" else None), []).append(unit)
+        dtype = lambda u: jnp.result_type(self.walk.leaves[u.path])
+        return [
+            (fmt, tuple(map(self._axes, group)), tuple((self._shape(u), dtype(u)) for u in group), lead, n)
+            for (fmt, lead, n, _), group in groups.items()
+        ]
 
-def _flat_stats(stats: Stats, batch: int) -> Stats:
-    """Statistics with one leading batch axis."""
-    lead = stats.tokens.ndim
-    return jax.tree.map(lambda a: a.reshape(batch, *a.shape[lead:]), stats)
+    def _shape(self, unit: Unit) -> tuple[int, ...]:
+        return tuple(jax.eval_shape(lambda w: kept.apply_cuts(w, unit.cuts), self.walk.leaves[unit.path]).shape)
 
 
 def _assemble(path: str, target: Target, walk: Walk, units: dict[Unit, QTensor]) -> QTensor:
@@ -252,8 +291,8 @@ def _assemble(path: str, target: Target, walk: Walk, units: dict[Unit, QTensor])
     if not mine:
         if target.observable:
             warnings.warn(f"{path}: no activations reach it; rounded to nearest", JQuantWarning, stacklevel=2)
-        return _solve_whole(leaf, target, rtn())
-    base = _solve_whole(leaf, target, rtn())
+        return _solve_whole(leaf, target, _ROUND)
+    base = _solve_whole(leaf, target, _ROUND)
     for unit, q in mine.items():
         base = _put(base, unit, q)
     return base

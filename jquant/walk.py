@@ -94,6 +94,12 @@ class Walk:
     def __len__(self) -> int:
         return len(self.stops)
 
+    def ready(self) -> list[list[Unit]]:
+        """The units that are solved at each stop, in the order in which `solve` gets them."""
+        orders = [list(dict.fromkeys(part.observed.values())) for part in self.batches[0].parts]
+        last = {unit: k for k, units in enumerate(orders) for unit in units}
+        return [[u for u in units if last[u] == k] for k, units in enumerate(orders)]
+
     def run(
         self, solve: Solve, start: int = 0, solved: dict[Unit, Any] | None = None, after: Any = None
     ) -> dict[Unit, Any]:

@@ -298,3 +298,19 @@ def test_bf16_parameters_stay_bf16(model):
         q = jq.quantize(unrolled, half, RECIPE, jq.gptq(), [b.astype(jnp.bfloat16) for b in batches])
     assert q["layer0"]["a"].dtype == jnp.bfloat16
     assert jq.quantized(unrolled)(q, batches[0].astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_the_solvers_are_compiled_before_there_are_activations(model, monkeypatch):
+    """Compiling takes memory. Of the walk's solvers none is compiled behind its first stop."""
+    params, batches = model
+    behind, compiled = [], []
+    step = Walk._stop
+    monkeypatch.setattr(Walk, "_stop", lambda self, *args: (behind.append(1), step(self, *args))[1])
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **what: compiled.append(what.get("fun_name")) if behind and "compile" in event else None
+    )
+    try:
+        jq.quantize(unrolled, params, RECIPE, jq.gptq(damp=0.0137), batches)  # no other test's settings
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert compiled and not [name for name in compiled if name and "_solved" in name]

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jquant.cli.options import UsageError, build_parser
-from jquant.core import memory
 from jquant.core.errors import JQuantError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -31,8 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help, the version or what is wrong
         return int(stop.code or 0)
-    if argv is None:  # the process is ours
-        memory.give_back_at_once()
     with _plain_warnings():
         code = _run(args)
     if code == INTERRUPTED and argv is None:

@@ -5,8 +5,6 @@ import functools
 import sys
 from typing import Any
 
-_M_MMAP_THRESHOLD = -3
-
 
 @functools.cache
 def _libc() -> Any:
@@ -14,7 +12,7 @@ def _libc() -> Any:
         return None
     try:
         libc = ctypes.CDLL(None)
-        return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None
+        return libc if hasattr(libc, "malloc_trim") else None
     except OSError:
         return None
 
@@ -23,13 +21,3 @@ def give_back() -> None:
     """Returns what glibc's heaps hold free to the system; elsewhere nothing happens."""
     if (libc := _libc()) is not None:
         libc.malloc_trim(0)
-
-
-def give_back_at_once(above: int = 1 << 20) -> None:
-    """From now on blocks of more than `above` bytes go back to the system when they are freed (with glibc).
-
-    For a process of our own, such as the command line: the setting is the whole process's. Without it glibc raises the
-    limit to 32 MiB by itself and keeps hundreds of MB of freed activations.
-    """
-    if (libc := _libc()) is not None:
-        libc.mallopt(_M_MMAP_THRESHOLD, above)

@@ -168,6 +168,16 @@ def observe_rows(x: jax.Array, needs: frozenset[str], mask: jax.Array | None = N
     return Observed(Stats(gram, abs_sum, absmax, tokens), jnp.sum(~jnp.isfinite(sums), axis=-1, dtype=jnp.int32))
 
 
+def stats_shapes(needs: frozenset[str], lead: tuple[int, ...], n: int) -> Stats:
+    """What `gather_stats` gives for n channels and the batch axes `lead`, as shapes."""
+
+    def one() -> Stats:
+        observed = observe_rows(jnp.zeros((*lead, 1, n)), needs)
+        return observed.stats._replace(gram=None if observed.stats.gram is None else _whole(observed.stats.gram))
+
+    return jax.eval_shape(one)
+
+
 def _gram(x: jax.Array) -> tuple[jax.Array, ...]:
     """The lower triangle of x^T x in blocks of rows, for x `[*batch, tokens, n]`."""
     n, axis = x.shape[-1], x.ndim - 2
