@@ -25,8 +25,10 @@ if TYPE_CHECKING:
         parse_policy,
     )
     from jquant.core.errors import JQuantError, JQuantWarning
-    from jquant.core.formats import (
+    from jquant.core.format_type import (
         FP8_E4M3,
+        FP8_E4M3_BLOCK128,
+        FP8_E4M3_TENSOR,
         FP8_E5M2,
         INT2_G32_ASYM,
         INT3_G64,
@@ -42,7 +44,16 @@ if TYPE_CHECKING:
         INT8,
         INT8_G128,
         INT8_TENSOR,
+        MXFP4,
+        MXFP6,
+        MXFP6_E3M2,
+        MXFP8,
+        MXFP8_E5M2,
         NF4,
+        NF4_DQ,
+        NVFP4,
+        NVFP4_FOUR_OVER_SIX,
+        TERNARY,
         Format,
         parse_format,
     )
@@ -53,6 +64,7 @@ if TYPE_CHECKING:
     from jquant.evaluate import Evaluation, evaluate, evaluate_all, windows
     from jquant.quantize import quantize
     from jquant.solvers.gptq import gptq
+    from jquant.solvers.hqq import hqq
     from jquant.solvers.rtn import rtn
     from jquant.trace.execute import explain, quantized
     from jquant.trace.fake_quant import fake_quantized
@@ -64,8 +76,9 @@ _NAMES = {
     "checkpoint": "load save",
     "core.activation": "FP8 FP8_STATIC W4A8 W4A16 W8A8 W8A8_STATIC Activation Policy parse_policy",
     "core.errors": "JQuantError JQuantWarning",
-    "core.formats": "FP8_E4M3 FP8_E5M2 INT2_G32_ASYM INT3_G64 INT3_G64_ASYM INT4 INT4_G32 INT4_G64 INT4_G64_ASYM "
-    "INT4_G128 INT4_G128_ASYM INT5_G64 INT6_G64 INT8 INT8_G128 INT8_TENSOR NF4 Format parse_format",
+    "core.format_type": "FP8_E4M3 FP8_E4M3_BLOCK128 FP8_E4M3_TENSOR FP8_E5M2 INT2_G32_ASYM INT3_G64 INT3_G64_ASYM INT4 "
+    "INT4_G32 INT4_G64 INT4_G64_ASYM INT4_G128 INT4_G128_ASYM INT5_G64 INT6_G64 INT8 INT8_G128 INT8_TENSOR MXFP4 MXFP6 "
+    "MXFP6_E3M2 MXFP8 MXFP8_E5M2 NF4 NF4_DQ NVFP4 NVFP4_FOUR_OVER_SIX TERNARY Format parse_format",
     "core.method": "Method chain",
     "core.qtensor": "QTensor dequantize is_qtensor",
     "core.recipe": "Recipe parse_recipe",
@@ -73,6 +86,7 @@ _NAMES = {
     "evaluate": "Evaluation evaluate evaluate_all windows",
     "quantize": "quantize",
     "solvers.gptq": "gptq",
+    "solvers.hqq": "hqq",
     "solvers.rtn": "rtn",
     "trace.execute": "explain quantized",
     "trace.fake_quant": "fake_quantized",

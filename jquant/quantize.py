@@ -234,7 +234,7 @@ class _Solver:
     def _key(self, unit: Unit, stats: Observed | None) -> Any:
         """Units that can be solved as the rows of one matrix: the same statistics, the same format."""
         fmt = self.targets[unit.path].format
-        alone = stats is None or fmt.block == "tensor"
+        alone = stats is None or not fmt.rows_apart
         return (id(stats), fmt, unit if alone else None)
 
     def _solve(self, units: list[Unit], seen: Observed | None) -> dict[Unit, QTensor]:

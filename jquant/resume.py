@@ -136,8 +136,9 @@ def _write(path: Path, fill: Any) -> None:
 def _save_unit(f: Any, unit: Unit, q: QTensor) -> None:
     arrays = {f"array{i}": np.asarray(a) for i, a in enumerate(q.arrays)}
     static = {
-        "unit": unit, "planes": len(q.codes), "zero": q.zero_point is not None, "format": dataclasses.asdict(q.format),
-        "contracted": q.contracted, "inner": q.inner, "pad": q.pad, "dtype": q.dtype.name,
+        "unit": unit, "planes": len(q.codes), "zero": q.zero_point is not None, "outer": len(q.outer),
+        "format": dataclasses.asdict(q.format), "contracted": q.contracted, "inner": q.inner, "pad": q.pad,
+        "dtype": q.dtype.name,
     }  # fmt: skip
     _save_arrays(f, {**arrays, "static": np.asarray(json.dumps(static))})
 
@@ -150,14 +151,15 @@ def _load_unit(path: Path) -> tuple[Unit, QTensor]:
     try:
         with np.load(path) as data:
             s = json.loads(str(data["static"]))
-            count = s["planes"] + 1 + s["zero"]
+            count = s["planes"] + 1 + s["zero"] + s.get("outer", 0)
             names = [f"array{i}" for i in range(count)]
             arrays = [jax.numpy.asarray(data[n].view(_dtype(str(data["dtype:" + n])))) for n in names]
     except (OSError, zipfile.BadZipFile, KeyError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged ({e}); remove it, and what it held is solved again") from e
-    planes = s["planes"]
+    planes, after = s["planes"], s["planes"] + 1 + s["zero"]
+    fmt = Format(**{k: _tuples(v) for k, v in s["format"].items()})
     q = QTensor(
-        tuple(arrays[:planes]), arrays[planes], arrays[planes + 1] if s["zero"] else None, Format(**s["format"]),
-        tuple(s["contracted"]), tuple(s["inner"]), s["pad"], s["dtype"],
+        tuple(arrays[:planes]), arrays[planes], arrays[planes + 1] if s["zero"] else None, fmt,
+        tuple(s["contracted"]), tuple(s["inner"]), s["pad"], s["dtype"], outer=tuple(arrays[after:]),
     )  # fmt: skip
     return Unit(*_tuples(s["unit"])), q

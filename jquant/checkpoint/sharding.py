@@ -34,7 +34,8 @@ def qtensor_sharding(q: QTensor, sharding: Sharding) -> QTensor:
 
     Kept axes keep their spec. The specs of the contracted axes go, joined in order, to the packed axis of the codes and
     to the blocks axis of the scales, where the number of devices divides it (in the codes: every plane), and that axis
-    is replicated otherwise. A scale shared along a kept axis is replicated along it.
+    is replicated otherwise. A scale shared along a kept axis is replicated along it, and the scales of tiles where
+    devices don't divide the tiles.
 
     Args:
       q: a QTensor of arrays or of `jax.ShapeDtypeStruct`.
@@ -58,8 +59,13 @@ def qtensor_sharding(q: QTensor, sharding: Sharding) -> QTensor:
     last = tuple(name for a in q.contracted for name in axes[a])
     planes = [c.shape[-1] for c in q.codes]
 
+    def lead_spec(spec: tuple[str, ...], size: int, whole: int) -> tuple[str, ...]:
+        if size == whole:
+            return spec
+        return () if size == 1 else _dividing(spec, [size], mesh)
+
     def place(array: Any, is_code: bool) -> NamedSharding:
-        lead = [() if s == 1 and k != 1 else e for e, s, k in zip(kept, array.shape, q.codes[0].shape)]
+        lead = [lead_spec(e, s, k) for e, s, k in zip(kept, array.shape, q.codes[0].shape)]
         tail = _dividing(last, planes if is_code else [array.shape[-1]], mesh)
         parts = PartitionSpec(*[_entry(e) for e in (*lead, tail)])
         return NamedSharding(mesh, parts, memory_kind=sharding.memory_kind)
@@ -68,5 +74,6 @@ def qtensor_sharding(q: QTensor, sharding: Sharding) -> QTensor:
         codes=tuple(place(c, True) for c in q.codes),
         scale=place(q.scale, False),
         zero_point=None if q.zero_point is None else place(q.zero_point, False),
+        outer=tuple(place(a, False) for a in q.outer),
         activation_params=jax.tree.map(lambda a: place(a, False), q.activation_params),
     )

@@ -148,6 +148,7 @@ def _describe_qtensor(path: str, q: QTensor, arrays: Arrays) -> dict[str, Any]:
         "codes": [arrays.add(c) for c in q.codes],
         "scale": arrays.add(q.scale),
         "zero_point": None if q.zero_point is None else arrays.add(q.zero_point),
+        "outer": [arrays.add(a) for a in q.outer],
         **_describe_activation(q, arrays),
     }
 
@@ -195,6 +196,7 @@ def abstract(path: str, entry: dict[str, Any]) -> Any:
             entry["dtype"],
             _read_activation(path, entry.get("activation")),
             BlockParams(*(e and one(e) for e in stored)) if (stored := entry.get("activation_params")) else None,
+            tuple(one(e) for e in entry.get("outer", [])),
         )
     if entry["kind"] == "python":
         value = entry["value"]
@@ -207,7 +209,7 @@ def array_entries(entry: dict[str, Any]) -> list[dict[str, Any]]:
     if entry["kind"] == "python":
         return []
     if entry["kind"] == "qtensor":
-        more = (entry["zero_point"], *(entry.get("activation_params") or ()))
+        more = (entry["zero_point"], *entry.get("outer", ()), *(entry.get("activation_params") or ()))
         return [*entry["codes"], entry["scale"], *(e for e in more if e)]
     return [entry]
 

@@ -1,6 +1,7 @@
 """Slicing, moving and looking up the kept axes of a leaf (a QTensor or a float array): the codes stay packed.
 
-Axes are the leaf's own, negative. Only axes that the leaf's format does not pack may be named.
+Axes are the leaf's own, negative. Only axes that the leaf's format does not pack may be named. Where rows share scales
+along the axis that is named (2-D tiles, second-level scales), they get their own first.
 """
 
 import dataclasses
@@ -22,8 +23,14 @@ def _renamed_contracted(q: QTensor, gone: int) -> tuple[int, ...]:
     return tuple(renamed(a, gone) for a in q.contracted)
 
 
+def _cuttable(q: QTensor, axis: int) -> QTensor:
+    """The same numbers in a format that can be cut anywhere along a kept axis."""
+    return q.untiled() if axis == q.kept[-1] else q
+
+
 def _map_axis(q: QTensor, axis: int, fn: Callable[[jax.Array, int], jax.Array]) -> QTensor:
     # A "tensor" scale has one entry for a whole axis: it is shared by every slice.
+    q = _cuttable(q, axis)
     at, size = q.kept.index(axis), q.shape[axis]
     return jax.tree.map(lambda a: fn(a, at) if a.shape[at] == size else a, q)
 
@@ -75,6 +82,7 @@ def remove_axis(leaf: Any, axis: int) -> Any:
         return leaf._cut(axis, [])
     if not is_qtensor(leaf):
         return jnp.squeeze(leaf, axis)
+    leaf = _cuttable(leaf, axis)
     at = leaf.kept.index(axis)
     return jax.tree.map(lambda a: jnp.squeeze(a, at), leaf).replace(contracted=_renamed_contracted(leaf, axis))
 
@@ -83,6 +91,7 @@ def move_to_front(leaf: Any, axis: int) -> Any:
     """The leaf with one axis moved to the front."""
     if not is_qtensor(leaf):
         return jnp.moveaxis(leaf, axis, 0)
+    leaf = _cuttable(leaf, axis)
     at = leaf.kept.index(axis)
     return jax.tree.map(lambda a: jnp.moveaxis(a, at, 0), leaf).replace(contracted=_renamed_contracted(leaf, axis))
 

@@ -14,7 +14,7 @@ class Rounding(NamedTuple):
 
     Attributes:
       rows: the float weight, `[batch, m, n]`: `batch` separate matrices of m rows along the contracted axes.
-      params: scales and zero points chosen so far, `[batch, m, blocks]`, or None.
+      params: scales and zero points chosen so far, `[batch, M, blocks]` (`BlockParams` says what M is), or None.
       codes: codes chosen so far, uint8 `[batch, m, n]`, or None.
       notes: diagnostics, small arrays `[batch]` by name ("dead_channels", "damping_added", ...): the driver turns them
         into warnings with the site's path.

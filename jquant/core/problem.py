@@ -35,18 +35,21 @@ def as_problem(w: jax.Array, contracted: tuple[int, ...], batch: tuple[int, ...]
 
 
 def bring_back(problem: Problem, a: jax.Array) -> jax.Array:
-    """`[batch, m or 1, x]` -> `[*kept, x]`."""
+    """`[batch, m, x]` -> `[*kept, x]`; the last kept axis may be shorter (tiles), or all of them 1."""
     first = problem.batch_positions
-    rest = [i for i in range(len(problem.kept_shape)) if i not in first]
-    sizes = [problem.kept_shape[i] for i in first] + [problem.kept_shape[i] if a.shape[1] != 1 else 1 for i in rest]
+    rest = [problem.kept_shape[i] for i in range(len(problem.kept_shape)) if i not in first]
+    if a.shape[1] == 1:
+        rest = [1] * len(rest)
+    elif rest:
+        rest[-1] = a.shape[1] // math.prod(rest[:-1])
+    sizes = [*(problem.kept_shape[i] for i in first), *rest]
     return jnp.moveaxis(a.reshape(*sizes, a.shape[-1]), range(len(first)), first)
 
 
 def finish(problem: Problem, done: Rounding, fmt: Format) -> QTensor:
     """The QTensor that a solver's answer stands for."""
     assert done.params is not None and done.codes is not None
-    zero = None if done.params.zero_point is None else bring_back(problem, done.params.zero_point)
-    params = BlockParams(bring_back(problem, done.params.scale), zero)
+    params: BlockParams = jax.tree.map(lambda a: bring_back(problem, a), done.params)
     return from_codes(
         bring_back(problem, done.codes), params, fmt, problem.contracted, problem.shape, problem.dtype
     )  # fmt: skip

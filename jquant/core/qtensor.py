@@ -4,6 +4,10 @@ Layout. The logical array's contracted axes (those that its matmul sums over) ar
 flattened into rows: `kept axes x n`. Codes are packed along the rows; the kept axes stay separate, in order and in
 front. So any kept axis can be sliced, scanned, vmapped or sharded on all the arrays at once, and the kernels read every
 row contiguously.
+
+What several rows share (a scale of a 2-D tile, a second-level scale) is shared along the last kept axis only. That axis
+has fewer entries there, so it must be cut at the ends of tiles, or by `core.kept`, which first gives every row its own
+scales (`untiled`): the slices of a tile are no tiles. All other kept axes are as free as without tiles.
 """
 
 import math
@@ -17,9 +21,10 @@ import numpy as np
 from jquant.core import packing
 from jquant.core.activation import Activation, Policy
 from jquant.core.errors import DamagedQTensorError, FormatError, TraceError
-from jquant.core.formats import BlockParams, Format, decode, encode
+from jquant.core.formats import BlockParams, Format, decode, encode, row_params
+from jquant.core.scales import Outer, spread_rows
 
-_KEYS = ("codes", "scale", "zero_point", "activation_params")
+_KEYS = ("codes", "scale", "zero_point", "outer", "activation_params")
 _STATIC = ("format", "contracted", "inner", "pad", "_dtype", "activation")
 
 
@@ -30,8 +35,10 @@ class QTensor:
     Attributes:
       codes: one uint8 array for each plane of `core.packing`, `[*kept, packed n]`; a single one for 4 and 8 bits.
       scale: `[*kept, blocks]` in the format's scale dtype ("channel": `[*kept, 1]`; "tensor": ones in place of the kept
-        axes that share it).
-      zero_point: uint8, the shape of `scale`, or None.
+        axes that share it; tiles of r rows: ceil(size / r) in place of the last kept axis).
+      zero_point: in the format's zero dtype, the shape of `scale`, or None.
+      outer: the second level of scales, as `core.scales` says, `[*kept, outer blocks]` with the last kept axis shorter
+        where rows share one; (1, ..., 1, or one for each stacked tensor) for "tensor"; empty without one.
       format: the `Format`.
       contracted: the contracted axes, negative and ascending.
       inner: sizes of the contracted axes after the first one. (The first follows from the codes, so that a leading or a
@@ -57,8 +64,9 @@ class QTensor:
         dtype: str,
         activation: Activation | None = None,
         activation_params: BlockParams | None = None,
+        outer: Outer = (),
     ):
-        self.codes, self.scale, self.zero_point = codes, scale, zero_point
+        self.codes, self.scale, self.zero_point, self.outer = codes, scale, zero_point, outer
         self.format, self.contracted, self.inner, self.pad, self._dtype = format, contracted, inner, pad, dtype
         self.activation, self.activation_params = activation, activation_params
 
@@ -100,10 +108,8 @@ class QTensor:
         want = [-(-n * w // 8) for w in widths]
         have = [c.shape[-1] if c.ndim else -1 for c in self.codes]
         kept = self.codes[0].shape[:-1]
-        lead_ok = all(c.shape[:-1] == kept for c in self.codes) and self.scale.ndim == len(kept) + 1
-        lead_ok = lead_ok and all(s in (1, k) for s, k in zip(self.scale.shape, kept))
-        lead_ok = lead_ok and (self.zero_point is None or self.zero_point.shape == self.scale.shape)
-        if want != have or not lead_ok or self.scale.shape[-1] != self.format.blocks(n):
+        lead_ok = all(c.shape[:-1] == kept for c in self.codes) and _scales_fit(self, kept, self.format.blocks(n))
+        if want != have or not lead_ok:
             raise DamagedQTensorError(
                 f"a QTensor ({self.format}) has codes {[c.shape for c in self.codes]} and scale {self.scale.shape}, "
                 "which do not belong together: an array was sliced, mapped or sharded along a packed axis"
@@ -179,7 +185,33 @@ class QTensor:
     @property
     def params(self) -> BlockParams:
         """Scales and zero points."""
-        return BlockParams(self.scale, self.zero_point)
+        return BlockParams(self.scale, self.zero_point, self.outer)
+
+    def row_params(self) -> tuple[jax.Array, jax.Array | None]:
+        """Scale and zero point to calculate with, float32: `[*kept (or 1), blocks]`."""
+        return row_params(self.params, self.format, self.codes[0].shape[-2] if self.kept else 1)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether rows share scales along the last kept axis, so that it can't be cut anywhere."""
+        fmt = self.format
+        return bool(self.kept) and (fmt.tile_rows > 1 or fmt.outer_rows(fmt.blocks(self.row_length)) > 1)
+
+    def untiled(self) -> "QTensor":
+        """The same numbers with scales for every row, where rows share some (except those of a whole tensor)."""
+        if not self.shares_rows:
+            return self
+        fmt, m = self.format, self.codes[0].shape[-2]
+        blocks, tiled = fmt.blocks(self.row_length), self.scale.shape[-2]
+        tall = lambda a: spread_rows(a, fmt.tile_rows, m)
+        outer, rows = self.outer, fmt.outer_rows(blocks)
+        outer = tuple(a if fmt.outer_block == "tensor" else tall(spread_rows(a, rows, tiled)) for a in outer)
+        single = fmt.replace(
+            block=fmt.group_size if fmt.tile_rows > 1 else fmt.block,
+            outer_block="channel" if rows > 1 else fmt.outer_block,
+        )
+        zero = None if self.zero_point is None else tall(self.zero_point)
+        return self.replace(scale=tall(self.scale), zero_point=zero, outer=outer, format=single)
 
     def unpacked(self) -> jax.Array:
         """The codes one to a byte: uint8 `[*kept, n]`."""
@@ -251,6 +283,27 @@ def _rebuild(static: tuple[Any, ...], children: tuple[Any, ...]) -> QTensor:
     return QTensor.tree_unflatten(static, children)
 
 
+def _scales_fit(q: QTensor, kept: tuple[int, ...], blocks: int) -> bool:
+    """Whether the shapes of scales, zero points and second-level scales fit codes `[*kept, ...]`."""
+    fmt = q.format
+
+    def fits(a: Any, lead: tuple[int, ...], rows: int, last: int) -> bool:
+        want = (*lead[:-1], -(-lead[-1] // rows)) if lead else ()
+        return a.ndim == len(kept) + 1 and a.shape[-1] == last and all(s in (1, k) for s, k in zip(a.shape, want))
+
+    if not fits(q.scale, kept, fmt.tile_rows, blocks) or len(q.outer) != _outer_count(fmt):
+        return False
+    if q.zero_point is not None and q.zero_point.shape != q.scale.shape:
+        return False
+    lead, rows, last = q.scale.shape[:-1], fmt.outer_rows(blocks), fmt.outer_blocks(blocks)
+    same = all(a.shape == q.outer[0].shape for a in q.outer)
+    return same and all(fits(a, lead, rows, last) for a in q.outer)
+
+
+def _outer_count(fmt: Format) -> int:
+    return 0 if fmt.outer_block is None else 2 if fmt.scale_dtype == "uint8" else 1
+
+
 def is_qtensor(x: Any) -> bool:
     """True for a QTensor: the `is_leaf` of a `jax.tree.map` that takes quantized leaves whole."""
     return isinstance(x, QTensor)
@@ -298,6 +351,7 @@ def from_codes(
         inner,
         pad,
         jnp.dtype(dtype).name,
+        outer=params.outer,
     )
 
 

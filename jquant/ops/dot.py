@@ -77,7 +77,7 @@ def one_row(x: jax.Array, q: QTensor) -> jax.Array:
         even, odd = row[0::2], row[1::2]
         terms = (codes & np.uint8(15)).astype(jnp.float32) * even + (codes >> np.uint8(4)).astype(jnp.float32) * odd
     sums = jnp.sum(terms.reshape(blocks), axis=-1)
-    zero = jnp.float32(half) if q.zero_point is None else q.zero_point.astype(jnp.float32)
+    scale, zero_point = q.row_params()
+    zero = jnp.float32(half) if zero_point is None else zero_point
     sums = sums - zero * jnp.sum(row.reshape(n // group, group), axis=-1)
-    return jnp.sum(sums * q.scale.astype(jnp.float32), axis=-1)[None]
-
+    return jnp.sum(sums * scale, axis=-1)[None]

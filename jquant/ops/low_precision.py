@@ -73,6 +73,8 @@ def static_params(q: QTensor, batch: Sequence[int] = ()) -> BlockParams | None:
 def product_kind(act: Activation, fmt: Format, n: int) -> str:
     """ "int", "fp8", or "float" where no product of the two elements exists."""
     a, w = ELEMENTS[act.element], ELEMENTS[fmt.element]
+    if fmt.zero_dtype != "uint8":
+        return "float"  # a zero point between codes
     if a.kind == w.kind == "int":
         length = fmt.group_size or n
         return "int" if length * _largest(act.format) * _largest(fmt) <= _INT32_MAX else "float"
@@ -92,7 +94,8 @@ def _largest(fmt: Format) -> int:
 
 def _name(kind: str, act: Activation, q: QTensor) -> str:
     if kind == "float":
-        return f"input rounded, product in float: there is none of {act.element} with {q.format.element}"
+        zero = "" if q.format.zero_dtype == "uint8" else " and its zero points between codes"
+        return f"input rounded, product in float: there is none of {act.element} with {q.format.element}{zero}"
     words = {"int": "int8 x int8 -> int32", "fp8": "fp8 x fp8 -> float32"}[kind]
     if q.format.blocks(q.row_length) > 1:
         return f"{words} in groups of {q.format.group_size}; on a CPU codes decoded into a float32 product"
@@ -117,7 +120,7 @@ def _floats8(codes: jax.Array, zero: jax.Array | None, fmt: Format) -> _Side:
     values = decode_codes(codes, fmt)
     if zero is not None:
         blocks = BlockParams(jnp.ones(zero.shape, jnp.float32), zero)
-        values = decode(codes, blocks, fmt)
+        values = decode(codes, blocks, Format(fmt.element, fmt.group_size or "channel", symmetric=False))
     return _Side(values.astype(jnp.float8_e4m3fn), None)
 
 
@@ -173,14 +176,14 @@ def _on_cpu(kind: _Kind, codes: jax.Array, zero: Any, q: QTensor, batch: tuple[i
 
 def _blocks(side: Any, total: Total, codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...]) -> jax.Array:
     assert q.activation is not None
-    a, u = side(codes, zero, q.activation.format), side(q.unpacked(), q.zero_point, q.format)
+    a, u = side(codes, zero, q.activation.format), side(q.unpacked(), q.row_params()[1], q.format)
     run = _groups if q.format.blocks(q.row_length) > 1 else _one_group
     return run(a, u, q, _layout(q, batch), total)
 
 
 def _one_group(a: _Side, u: _Side, q: QTensor, layout: _Layout, total: Total) -> jax.Array:
     sums = total(a, u, q.row_length, layout)
-    return sums.astype(jnp.float32) * layout.place(q.scale.astype(jnp.float32)[..., 0])
+    return sums.astype(jnp.float32) * layout.place(q.row_params()[0][..., 0])
 
 
 def _groups(a: _Side, u: _Side, q: QTensor, layout: _Layout, total: Total) -> jax.Array:
@@ -199,7 +202,7 @@ def _groups(a: _Side, u: _Side, q: QTensor, layout: _Layout, total: Total) -> ja
         return acc + sums.astype(jnp.float32) * layout.place(s), None
 
     zero = None if u.zero is None else jnp.moveaxis(u.zero, -1, 0)
-    xs = (cut(a.codes), cut(u.codes), zero, jnp.moveaxis(q.scale.astype(jnp.float32), -1, 0), sizes)
+    xs = (cut(a.codes), cut(u.codes), zero, jnp.moveaxis(q.row_params()[0], -1, 0), sizes)
     first = jax.tree.map(lambda v: v[0], xs)
     shape = jax.eval_shape(lambda xs: step(jnp.float32(0), xs)[0], first).shape
     return lax.scan(step, jnp.zeros(shape, jnp.float32), xs)[0]
@@ -276,6 +279,8 @@ def inside(x: jax.Array, params: BlockParams, fmt: Format) -> jax.Array:
 
     The largest number of a block lies half a step beyond the last code, and a little more where its scale was rounded.
     """
+    if fmt.element == "ternary":  # its outer codes stand for all that is beyond the mean, which nobody calls clipped
+        return jnp.ones(x.shape, bool)
     scale, x = params.scale.astype(jnp.float32), x.astype(jnp.float32)
     element = ELEMENTS[fmt.element]
     low: Any = -element.top * (1 + 1 / 16)

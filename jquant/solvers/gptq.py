@@ -31,6 +31,7 @@ from jax import lax
 
 from jquant.core.formats import BlockParams, Format, compute_params, encode
 from jquant.core.method import Method, Rounding
+from jquant.core.scales import Outer, spread_outer, spread_rows
 from jquant.core.stats import Stats
 from jquant.solvers import ldlq
 from jquant.solvers.linalg import HIGHEST, damped_udu
@@ -52,10 +53,11 @@ def gptq(act_order: bool = False, damp: float = 0.01, block_size: int = 128, sea
     On correlated random inputs (benchmarks/solver.py, n = 512, int4 in groups of 128) the objective relative to round
     to nearest is 0.64; 0.46 with `act_order`; 0.54 with `search`; 0.41 with both.
 
-    Works with every `Format`. Scales that an earlier method of a chain has chosen are used as they are. Computes in
-    float32 (float64 if the Gram matrix is). Notes, each `[batch]`: "dead_channels", input channels that calibration saw
-    only zeros at (int32); "no_tokens", whether those are all of them, which is round to nearest (bool);
-    "damping_added", damping needed beyond `damp` for a singular H (float); "rtn_rows", rows that kept round to nearest.
+    Works with every `Format`; the rows of a tile keep round to nearest together. Scales that an earlier method of a
+    chain has chosen are used as they are. Computes in float32 (float64 if the Gram matrix is). Notes, each `[batch]`:
+    "dead_channels", input channels that calibration saw only zeros at (int32); "no_tokens", whether those are all of
+    them, which is round to nearest (bool); "damping_added", damping needed beyond `damp` for a singular H (float);
+    "rtn_rows", rows that kept round to nearest.
 
     Raises:
       ValueError: `damp` or `block_size` is out of range; or, when solving, there is no Gram matrix of the right shape.
@@ -99,7 +101,7 @@ def _solve_one(
     """One matrix: rows `[m, n]`, gram `[n, n]`, params `[m, blocks]` -> codes `[m, n]`, params, notes (scalars)."""
     m, n = rows.shape
     plain = compute_params(rows, fmt) if params is None else params
-    group = fmt.group_size if params is None and not act_order and fmt.blocks(n) > 1 else None  # dynamic groups
+    group = fmt.group_size if params is None and not act_order and _groups_are_dynamic(fmt, n) else None
     given = None
     if group is None:
         given = search_params(rows.astype(jnp.float32), fmt, factors) if params is None else params
@@ -117,18 +119,20 @@ def _solve_one(
     )
     plan = ldlq.make_plan(n, block_size, group)
     columns, u = ldlq.pad(columns, u, plan)
-    scales = None if given is None else _scales(given, m, h.dtype)
-    swept = ldlq.sweep(columns, u, scales, partial(_choose, fmt, factors), fmt, plan)
+    scales = None if given is None else ldlq.as_scales(given, fmt, m, h.dtype)
+    swept = ldlq.sweep(columns, u, scales, _chooser(fmt, factors, plain, m, h.dtype), fmt, plan)
     codes = swept.codes[:, jnp.argsort(order)] if act_order else swept.codes[:, :n]
-    chosen = given if given is not None else jax.tree.map(lambda x: x[: fmt.blocks(n)].T, swept.params)
+    chosen = given
+    if chosen is None:
+        scale, zero_point = jax.tree.map(lambda x: x[: fmt.blocks(n)].T, swept.params)
+        chosen = BlockParams(scale, zero_point, plain.outer)
 
-    rtn_loss = _rtn_loss(columns, u, _scales(plain, m, h.dtype), swept.loss, fmt, plan)
-    better = rtn_loss < swept.loss
-    if fmt.block == "tensor" and len(factors) > 1:  # one scale for all rows, so all or none
-        better = jnp.full_like(better, rtn_loss.sum() < swept.loss.sum())
-    pick = lambda a, b: jnp.where(better[: a.shape[0], None], a, b)
-    codes, chosen = jax.tree.map(pick, (encode(rows, plain, fmt), plain), (codes, chosen))
-    return codes, chosen, {
+    rtn_loss = _rtn_loss(columns, u, ldlq.as_scales(plain, fmt, m, h.dtype), swept.loss, fmt, plan)
+    better = _better(rtn_loss, swept.loss, fmt, fmt.block == "tensor" and len(factors) > 1)
+    pick = lambda a, b: jnp.where(better[:: fmt.tile_rows][: a.shape[0], None], a, b)
+    codes = jnp.where(better[:, None], encode(rows, plain, fmt), codes)
+    scale, zero_point = jax.tree.map(pick, (plain.scale, plain.zero_point), (chosen.scale, chosen.zero_point))
+    return codes, BlockParams(scale, zero_point, chosen.outer), {
         "dead_channels": jnp.sum(dead > 0, dtype=jnp.int32),
         "no_tokens": jnp.all(dead > 0),
         "damping_added": jnp.where(damping > 1.01 * damp, damping - damp, 0).astype(jnp.float32),
@@ -144,15 +148,41 @@ def _hessian(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     return h / jnp.where(mean > 0, mean, 1), (diagonal <= 0).astype(h.dtype)
 
 
-def _scales(params: BlockParams, m: int, dtype: jnp.dtype) -> ldlq.Scales:
-    """`[m, blocks]` (`[1, 1]` for a tensor) -> `[blocks, m]`."""
-    return ldlq.as_scales(jax.tree.map(lambda x: jnp.broadcast_to(x, (m, x.shape[1])).T, params), dtype)
+def _groups_are_dynamic(fmt: Format, n: int) -> bool:
+    """Whether scales can be chosen where a group starts: several groups, each of which sees one second-level scale.
+
+    BitNet's scales are means, which the zeros that fill up a last, shorter group would change.
+    """
+    return fmt.blocks(n) > 1 and fmt.outer_blocks(fmt.blocks(n)) == 1 and fmt.element != "ternary"
 
 
-def _choose(fmt: Format, factors: tuple[float, ...], group: jax.Array) -> BlockParams:
-    """Scales of a group's corrected weight `[g, m]`, `[1, m]`."""
-    params = search_params(group.T.astype(jnp.float32), fmt.replace(block="channel"), factors)
-    return jax.tree.map(lambda x: x.T, params)
+def _chooser(fmt: Format, factors: tuple[float, ...], plain: BlockParams, m: int, dtype: jnp.dtype) -> ldlq.Choose:
+    """Scales of a group's corrected weight `[g, m]`, under round to nearest's second level."""
+    outer, single = plain.outer, fmt
+    if isinstance(fmt.outer_block, int):
+        outer, single = _outer_of_rows(plain, fmt), fmt.replace(outer_block="channel")
+
+    def choose(group: jax.Array) -> tuple[ldlq.Scales, ldlq.Stored]:
+        params = search_params(group.T.astype(jnp.float32), single, factors, outer=outer)
+        return ldlq.as_scales(params, single, m, dtype), jax.tree.map(lambda x: x.T, (params.scale, params.zero_point))
+
+    return choose
+
+
+def _outer_of_rows(params: BlockParams, fmt: Format) -> Outer:
+    """Second-level scales, one for each row of scales, `[M, 1]`."""
+    return tuple(spread_outer(a, fmt, params.scale.shape)[:, :1] for a in params.outer)
+
+
+def _better(rtn: jax.Array, swept: jax.Array, fmt: Format, together: bool) -> jax.Array:
+    """Whether round to nearest is better, `[m]`; decided for all rows that share scales together."""
+    if together:
+        return jnp.full(rtn.shape, rtn.sum() < swept.sum())
+    if fmt.tile_rows == 1:
+        return rtn < swept
+    m, tile = len(rtn), fmt.tile_rows
+    sums = [jnp.pad(x, (0, -m % tile)).reshape(-1, tile).sum(1) for x in (rtn, swept)]
+    return spread_rows((sums[0] < sums[1])[:, None], tile, m)[:, 0]
 
 
 def _rtn_loss(

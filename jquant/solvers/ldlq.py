@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jquant.core.formats import BlockParams, Format, decode_codes, encode_scaled
+from jquant.core.formats import BlockParams, Format, decode_codes, encode_scaled, row_params
 from jquant.solvers.linalg import HIGHEST, unit_upper_inverse
 
 SUPER = 512  # columns between two passes over all earlier errors: long enough for matmuls to run at full rate
@@ -91,6 +91,9 @@ class Scales(NamedTuple):
     zero: jax.Array | None
 
 
+Stored = tuple[jax.Array, jax.Array | None]  # scales and zero points as a format stores them
+
+
 class Swept(NamedTuple):
     """What a sweep returns.
 
@@ -98,13 +101,14 @@ class Swept(NamedTuple):
       error: E, `[k, m]`.
       codes: uint8 `[k, m]`; of a whole sweep, `[m, k]`.
       loss: E H E^T of each row, H without what was added: sum of D_k (target_k - Q_k)^2 - added_k E_k^2, `[m]`.
-      params: the scales chosen at the start of groups, `[groups, m]`, in the format's dtypes; None where given.
+      params: the scales and zero points chosen at the start of groups, `[groups, M]`, as the format stores them; None
+        where they were given.
     """
 
     error: jax.Array
     codes: jax.Array
     loss: jax.Array
-    params: BlockParams | None
+    params: Stored | None
 
 
 def pad(columns: Columns, u: jax.Array, plan: Plan) -> tuple[Columns, jax.Array]:
@@ -114,7 +118,8 @@ def pad(columns: Columns, u: jax.Array, plan: Plan) -> tuple[Columns, jax.Array]
     return columns, jnp.pad(u, (0, more))
 
 
-Choose = Callable[[jax.Array], BlockParams]  # corrected weight of a group, [g, m] -> its scales, [1, m]
+# Corrected weight of a group, [g, m] -> its scales, [1, m], and as they are stored, [1, M].
+Choose = Callable[[jax.Array], tuple[Scales, Stored]]
 
 
 def sweep(columns: Columns, u: jax.Array, scales: Scales | None, choose: Choose, fmt: Format, plan: Plan) -> Swept:
@@ -169,8 +174,7 @@ def _level(
     """Sweeps `sizes[0]` columns, f `[sizes[0], m]` being the feedback from all before them and u their block of U."""
     params = None
     if sizes[0] == plan.group:
-        params = choose(corrected(f, columns.w, u))
-        scales = as_scales(params, columns.w.dtype)
+        scales, params = choose(corrected(f, columns.w, u))
         columns = columns._replace(block=jnp.zeros_like(columns.block))
     if len(sizes) == 1:
         assert scales is not None
@@ -224,10 +228,11 @@ def corrected(f: jax.Array, w: jax.Array, u: jax.Array) -> jax.Array:
     return w + _dot(unit_upper_inverse(u), f)
 
 
-def as_scales(params: BlockParams, dtype: jnp.dtype) -> Scales:
-    """`Scales` from what a format stores, `[blocks, m]`."""
-    scale = params.scale.astype(dtype)
-    zero = None if params.zero_point is None else params.zero_point.astype(dtype)
+def as_scales(params: BlockParams, fmt: Format, m: int, dtype: jnp.dtype) -> Scales:
+    """`Scales` of a weight `[m, n]` from what its format stores."""
+    both = row_params(params, fmt, m)
+    wide = lambda a: jnp.broadcast_to(a, (m, a.shape[1])).T.astype(dtype)
+    scale, zero = wide(both[0]), None if both[1] is None else wide(both[1])
     return Scales(scale, jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale)), zero)
 
 

@@ -1,4 +1,7 @@
-"""Round to nearest, optionally with the clipping of every block chosen by the mean squared error."""
+"""Round to nearest, optionally with the scale of every block chosen by the mean squared error.
+
+Weighted by the mean square of the inputs that is what llama.cpp does with its importance matrix.
+"""
 
 from functools import partial
 
@@ -6,8 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jquant.core.formats import BlockParams, Format, block_extremes, block_params, decode, encode, to_blocks
+from jquant.core.formats import (
+    FOUR_OVER_SIX,
+    BlockParams,
+    Format,
+    block_error,
+    block_extremes,
+    block_params,
+    encode,
+)
 from jquant.core.method import Method, Rounding
+from jquant.core.scales import Outer
 from jquant.core.stats import Stats
 
 
@@ -18,6 +30,8 @@ def rtn(search: bool = False, *, grid: int = 100, max_shrink: float = 0.6, weigh
       search: try, for each block, scales shrunk by the factors 1, 1 - 1/grid, ... down to 1 - max_shrink, and keep the
         one with the least squared error; the first of several equal ones. The factor 1 is plain round to nearest, so
         the error is never larger. The names are those of the search in GPTQ's code (github.com/IST-DASLab/gptq).
+        Scales that are powers of two are tried one step down and up; ternary ones twice as large too; four over six
+        from both of its ranges.
       grid: the factors are `1 / grid` apart.
       max_shrink: how far to shrink, in [0, 1).
       weighted: weight the squared error of a channel by the mean square of its input, the diagonal of the Gram matrix.
@@ -47,46 +61,54 @@ def shrink_factors(grid: int = 100, max_shrink: float = 0.6) -> tuple[float, ...
     return tuple(1 - i / grid for i in range(int(round(max_shrink * grid)) + 1))
 
 
+def search_factors(fmt: Format, factors: tuple[float, ...]) -> tuple[float, ...]:
+    """The factors that a search with `factors` tries for a format, its own choice (1) first.
+
+    A single factor is no search: it stays alone, except that "four over six" always has two.
+    """
+    if fmt.scale_dtype == "float8_e8m0fnu" and len(factors) > 1:
+        factors = (1.0, 2.0, 0.5)
+    if fmt.element == "ternary" and len(factors) > 1:
+        factors = (*factors, *(2 * f for f in factors))
+    if fmt.four_over_six:
+        factors = (*factors, *(FOUR_OVER_SIX * f for f in factors))
+    return factors
+
+
 def search_params(
     rows: jax.Array,
     fmt: Format,
     factors: tuple[float, ...] = (1.0,),
     weight: jax.Array | None = None,
     stacked: int = 0,
+    outer: Outer | None = None,
 ) -> BlockParams:
     """Scales and zero points that make the squared error of each block least, of the ranges shrunk by `factors`.
 
     Args:
       rows: float32 `[..., n]`.
       fmt: the format.
-      factors: tried in this order; of equal ones the first wins.
+      factors: tried in this order; of equal ones the first wins. `search_factors` adapts them to the format.
       weight: weights of the squared errors, float32, broadcasting against `rows`; None for ones.
-      stacked: for "tensor" blocks, how many leading axes hold separate tensors.
+      stacked: for what a whole tensor shares, how many leading axes hold separate tensors.
+      outer: the second level of scales; None to choose round to nearest's. It is the same for all factors.
     """
+    factors = search_factors(fmt, factors)
     low, high = block_extremes(rows, fmt, stacked)
-    first = block_params(low * factors[0], high * factors[0], fmt)
+    first = block_params(low * factors[0], high * factors[0], fmt, outer, stacked)
     if len(factors) == 1:
         return first
-    error = partial(_block_error, rows, weight=weight, fmt=fmt, stacked=stacked)
+    error = partial(block_error, rows, fmt=fmt, unit=first, weight=weight, stacked=stacked)
 
     def attempt(best, factor):
-        params = block_params(low * factor, high * factor, fmt)
-        new = (error(params), params)
+        params = block_params(low * factor, high * factor, fmt, first.outer)
+        new = error(params), (params.scale, params.zero_point)
         better = new[0] < best[0]
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
 
-    (_, params), _ = lax.scan(attempt, (error(first), first), jnp.asarray(factors[1:], rows.dtype))
-    return params
-
-
-def _block_error(
-    rows: jax.Array, params: BlockParams, weight: jax.Array | None, fmt: Format, stacked: int
-) -> jax.Array:
-    """Squared error of every block under `params`: the shape of `params.scale`."""
-    error = (rows - decode(encode(rows, params, fmt), params, fmt)) ** 2
-    error = to_blocks(error if weight is None else error * weight, fmt)
-    axes = tuple(range(stacked, error.ndim)) if fmt.block == "tensor" else (-1,)
-    return jnp.sum(error, axis=axes, keepdims=True)[..., 0]
+    start = error(first), (first.scale, first.zero_point)
+    (_, chosen), _ = lax.scan(attempt, start, jnp.asarray(factors[1:], rows.dtype))
+    return BlockParams(*chosen, first.outer)
 
 
 def _mean_square(stats: Stats | None) -> jax.Array:

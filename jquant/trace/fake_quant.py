@@ -128,5 +128,5 @@ def _trained(w: jax.Array, target: Target, stats: Mapping[str, Stats] | None, cl
 
 def _inside(rows: jax.Array, q: QTensor) -> jax.Array:
     n = rows.shape[-1]
-    zero = None if q.zero_point is None else spread(q.zero_point, q.format, n)
-    return inside(rows, BlockParams(spread(q.scale, q.format, n), zero), q.format)
+    params = jax.tree.map(lambda a: spread(a, q.format, n), q.row_params())
+    return inside(rows, BlockParams(*params), q.format)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jquant.core.activation import Activation, Policy, split_policy
 from jquant.core.errors import JQuantWarning, RecipeError
-from jquant.core.formats import Format
+from jquant.core.format_type import Format, fitted
 from jquant.core.paths import flatten_with_paths
 from jquant.core.qtensor import is_qtensor
 from jquant.core.recipe import Recipe
@@ -87,4 +87,5 @@ def _target(path: str, leaf: Any, rule: Format | Policy, sites: list[Site]) -> T
     batch = {a for s in (products or usable) if s.contracted == main.contracted for a in s.batch}
     fmt, activation = split_policy(rule)
     activation = activation if products else None
-    return Target(path, fmt, main.contracted, tuple(sorted(batch)), bool(products), activation)
+    axes = main.contracted, tuple(sorted(batch))
+    return Target(path, fitted(fmt, jnp.shape(leaf), *axes), *axes, bool(products), activation)

@@ -27,6 +27,7 @@ from tests.core.cases import (
     FEW_FORMATS,
     any_bits,
     normal,
+    params_of_elements,
     rtn,
     same_bits,
     same_tree,
@@ -78,12 +79,13 @@ def test_shape_and_size_whatever_the_axes(shape, contracted):
 def test_dequantize_is_the_formula_of_the_format(shape, contracted, fmt):
     """(element - zero point) * scale, each block with its own, axes where they were. In NumPy, from the codes."""
     q = any_bits(fmt, shape, contracted)
-    q = q.replace(scale=(1 + jnp.arange(q.scale.size).reshape(q.scale.shape) / 8).astype(fmt.scale_dtype))
+    different = lambda a: (1 + jnp.arange(a.size).reshape(a.shape) / 8).astype(a.dtype)
+    q = q.replace(scale=different(q.scale), outer=tuple(map(different, q.outer)))
+    if fmt.zero_dtype != "uint8":
+        q = q.replace(zero_point=different(q.zero_point))
     out, codes = jax.jit(lambda q: (q.dequantize(), q.unpacked()))(q)
-    n = codes.shape[-1]
-    block = np.arange(n) // fmt.block if fmt.group_size else np.zeros(n, int)
-    zero = 0 if q.zero_point is None else np.asarray(q.zero_point, np.float32)[..., block]
-    rows = (code_table(fmt)[np.asarray(codes)] - zero) * np.asarray(q.scale, np.float32)[..., block]
+    scale, zero = params_of_elements(q.params, fmt, codes.shape)
+    rows = (code_table(fmt)[np.asarray(codes)] - zero) * scale
     kept = [a for a in range(len(shape)) if a not in contracted]
     whole = rows.reshape([shape[a] for a in (*kept, *contracted)])
     np.testing.assert_array_equal(out, np.moveaxis(whole, range(len(shape)), (*kept, *contracted)))

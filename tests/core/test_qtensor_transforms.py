@@ -32,7 +32,8 @@ class TestEveryFormat:
         flat, treedef = jax.tree_util.tree_flatten_with_path({"w": q})
         names = [jax.tree_util.keystr(keys) for keys, _ in flat]
         planes = [f"['w'].codes[{i}]" for i in range(len(q.codes))]
-        assert names == [*planes, "['w'].scale", *(["['w'].zero_point"] if not fmt.symmetric else [])]
+        outer = [f"['w'].outer[{i}]" for i in range(len(q.outer))]
+        assert names == [*planes, "['w'].scale", *(["['w'].zero_point"] if not fmt.symmetric else []), *outer]
         assert [x for _, x in flat] == jax.tree.leaves(q)
         assert treedef == jax.tree.structure({"w": q})
         assert names[0].endswith("codes[0]")  # first of the leaves: what reads shape and dtype off a leaf sees uint8
@@ -119,13 +120,17 @@ def place(q: QTensor, mesh, *spec) -> QTensor:
     return jax.tree.map(put, q)
 
 
+# Rows that share a scale can't be cut by hand (`place`); `checkpoint.sharding` does it.
+SHARDED = [f.replace(block=8) if f.group_size else f for f in FEW_FORMATS if not isinstance(f.outer_block, int)]
+
+
 @pytest.fixture(scope="module")
 def mesh():
     assert jax.device_count() >= 8
     return jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-@pytest.mark.parametrize("fmt", [f.replace(block=8) if f.group_size else f for f in FEW_FORMATS], ids=str)
+@pytest.mark.parametrize("fmt", SHARDED, ids=str)
 @pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=["kept", "contracted"])
 def test_sharded_over_eight_devices(mesh, fmt, spec):
     """Codes and scales cut along a kept axis, or along the packed one (a multiple of 8 codes a device)."""

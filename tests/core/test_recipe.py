@@ -3,7 +3,7 @@
 import pytest
 
 from jquant.core.errors import FormatError, JQuantError, RecipeError
-from jquant.core.formats import INT4_G64, INT8, NF4, Format
+from jquant.core.format_type import INT4_G64, INT8, NF4, Format
 from jquant.core.recipe import Recipe, as_recipe, parse_recipe
 
 PATHS = [
