@@ -28,9 +28,13 @@ recipes say what is quantized, and to which format:
   '*mlp*=int4-g64,*=int8'      patterns over paths (see `jquant inspect`);
                                the first match wins
   '*lm_head*=none,*=int4-g128' none keeps floats
-formats: int2 .. int8, nf4, fp8_e4m3, fp8_e5m2; then -g64 (a scale for every 64
-numbers; without it, for a channel), -tensor, -asym (a zero point too), and
--f32, -bf16 or -f16 (dtype of the scales).
+formats: int2 .. int8, nf4, ternary, fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2,
+fp4_e2m1; then -g64 (a scale for every 64 numbers; without it, for a channel),
+-128x128 (for a tile), -tensor, -asym (a zero point too; -zbf16, one between
+codes), -f32, -bf16, -f16, -e8m0 or -e4m3 (dtype of the scales), and -dq (8-bit
+scales, quantized twice).
+Or a format with a name: mxfp8, mxfp6, mxfp4 (then -ceil or -even, how scales
+are rounded), nvfp4 (then -4o6, four over six), nf4-dq.
 + and an element round the inputs of the products too: int8+int8 for every
 token as it comes, int8+int8-tensor for all tokens; with a range from the
 calibration text -max, -mse or -p99.9 (a percentile), as in int8+int8-max-asym.
@@ -43,6 +47,8 @@ methods say how, '+' composes them from left to right:
   gptq             after each column, corrects the next ones for its error
   gptq-act-order   takes the columns with the largest activations first
   gptq-search      gptq with rtn-search's clipping
+  hqq              moves zero points for the least sum of |error|^0.7; needs no
+                   data, but a format like int4-g64-asym-zbf16
 
 examples:
   jquant quantize demo --recipe int4-g64 --method gptq --out smollm2-int4

@@ -28,6 +28,7 @@ METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
     "rtn": lambda settings: jq.rtn(),
     "rtn-search": lambda settings: jq.rtn(search=True),
     "rtn-weighted": lambda settings: jq.rtn(weighted=True),
+    "hqq": lambda settings: jq.hqq(),
     "gptq": lambda settings: jq.gptq(**settings),
     "gptq-act-order": lambda settings: jq.gptq(**{**settings, "act_order": True}),
     "gptq-search": lambda settings: jq.gptq(**settings, search=True),

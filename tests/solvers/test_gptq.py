@@ -20,7 +20,8 @@ from tests.solvers.reference import literal_gptq, literal_ldlq, run, stats_of
 
 _ALL = [
     "int4-g16", "int4-g12-asym", "int3-g40-asym", "int2-g7-asym-f32", "int8", "int4-asym", "int4-tensor",
-    "int8-tensor-asym", "nf4-g16", "nf4", "fp8_e4m3", "fp8_e5m2-g16", "fp8_e4m3-tensor",
+    "int8-tensor-asym", "nf4-g16", "nf4", "fp8_e4m3", "fp8_e5m2-g16", "fp8_e4m3-tensor", "fp6_e2m3-g16-f32",
+    "fp4_e2m1-g12-e8m0", "fp6_e3m2-g16-e8m0-ceil", "int4-g16-asym-zf32", "ternary",
 ]  # fmt: skip
 _QUICK = ["int4-g16", "int3-g40-asym", "nf4", "int8-tensor-asym"]  # most of a test's time is compilation
 FORMATS = [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in _ALL]
