@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from gptq import windows
 
 import jquant as jq
-from gptq import windows
 from jquant.core import memory
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,16 +29,31 @@ def losses(rows, out: Rounding, fmt: Format, p: float = 0.7) -> np.ndarray:
     return np.asarray(reduce_blocks(jnp.asarray(error, jnp.float32), fmt, jnp.sum, stacked=1), np.float64)
 
 
+def least_losses(rows, params, fmt: Format) -> np.ndarray:
+    """The least loss of every block over all zero points: of whole codes, or of their quarters."""
+    one = jax.jit(lambda zero: encode(rows, params._replace(zero_point=zero), fmt))
+    best = np.inf
+    for z in np.arange(0, 2**fmt.bits - 0.9, 1 if fmt.zero_dtype == "uint8" else 0.25):
+        zero = jnp.full_like(params.zero_point, z)
+        best = np.minimum(best, losses(rows, Rounding(rows, params._replace(zero_point=zero), one(zero)), fmt))
+    return best
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_block_is_worse_than_round_to_nearest_and_most_are_better(name):
+def test_no_block_is_worse_than_round_to_nearest_and_some_are_better(name):
     fmt, rows = parse_format(name), heavy(0, 2, 20, 50)
     rows = rows.at[0, 0].set(0).at[0, 1].set(0.5).at[0, 2].set(-3)
     plain, out = (m.solve(Rounding(rows), None, fmt) for m in (rtn(), hqq()))
     before, after = losses(rows, plain, fmt), losses(rows, out, fmt)
     assert (after <= before * (1 + 1e-5)).all()
-    assert after.sum() < (0.999 if fmt.zero_dtype == "uint8" else 0.97) * before.sum()
     np.testing.assert_array_equal(out.params.scale, plain.params.scale)
     assert out.params.zero_point.dtype == fmt.zero_dtype and out.codes.shape == rows.shape
+    least = np.minimum(before, least_losses(rows, plain.params, fmt))
+    if fmt.zero_dtype == "uint8":  # whole codes: round to nearest has the best already, nearly
+        assert after.sum() <= 1.001 * least.sum()
+    else:  # the iteration ends in a local minimum: it gets a good part of what an exhaustive search would
+        won = before.sum() - after.sum()
+        assert won > 0.2 * (before.sum() - least.sum()) and won > 0.004 * before.sum()
 
 
 @hypothesis.given(
@@ -78,7 +93,7 @@ def test_is_the_authors_iteration():
 
 
 def test_shrink_is_nearly_the_proximal_operator():
-    """Beyond the threshold the derivative of phi(e) + beta / 2 (e - x)^2 is small against that at x; below it, e is 0."""
+    """Beyond the threshold phi(e) + beta / 2 (e - x)^2 is nearly flat at e; below the threshold e is 0."""
     x, beta, p = np.float32([-3, -0.2, 0.0, 0.01, 0.5, 2]), 10.0, 0.7
     e = np.asarray(shrink(jnp.asarray(x), beta, p), np.float64)
     assert e.tolist()[2:4] == [0, 0] and (np.abs(e) <= np.abs(x)).all() and (np.sign(e) * np.sign(x) >= 0).all()

@@ -55,15 +55,15 @@ def test_search_never_raises_the_error_of_a_block_and_lowers_some(name):
 
 @pytest.mark.parametrize("rule", ["floor", "even", "ceil"])
 def test_powers_of_two_are_searched_up_and_down(rule):
-    """Whatever the rule started from, no block does better with half or twice its scale."""
+    """No block does better with the rule's scale, with half of it or with twice."""
     fmt, rows = parse_format("mxfp4").replace(scale_rule=rule), rows_like(7, 1, 20, 64)
-    out = rtn(search=True).solve(Rounding(rows), None, fmt)
-    least = block_errors(rows, out, fmt)
-    for factor in (0.5, 2.0):
-        params = out.params._replace(scale=(out.params.scale.astype(jnp.float32) * factor).astype(fmt.scale_dtype))
-        other = block_errors(rows, Rounding(rows, params, encode(rows, params, fmt)), fmt)
-        assert (least <= other * (1 + 1e-6)).all() or rule != "even"
-    assert least.sum() <= block_errors(rows, rtn().solve(Rounding(rows), None, fmt), fmt).sum()
+    out, start = rtn(search=True).solve(Rounding(rows), None, fmt), compute_params(rows, fmt, stacked=1)
+    least, tried = block_errors(rows, out, fmt), []
+    for factor in (0.5, 1.0, 2.0):
+        params = start._replace(scale=(start.scale.astype(jnp.float32) * factor).astype(fmt.scale_dtype))
+        tried.append(block_errors(rows, Rounding(rows, params, encode(rows, params, fmt)), fmt))
+    np.testing.assert_allclose(least, np.min(tried, 0), rtol=1e-6)
+    assert least.sum() < tried[1].sum()
 
 
 def test_search_is_the_best_of_the_grid():
@@ -80,7 +80,7 @@ def test_search_is_the_best_of_the_grid():
 @pytest.mark.parametrize("name", FORMATS)
 def test_weighted_search_never_raises_the_weighted_error(name):
     fmt = parse_format(name)
-    w, h = correlated(3, 6, 50)
+    w, h = correlated(3, 40, 50)  # powers of two leave most blocks where they were: it takes many to see one move
     rows, stats = jnp.asarray(w, jnp.float32)[None], stats_of(jnp.asarray(h, jnp.float32)[None])
     plain, best = (m.solve(Rounding(rows), stats, fmt) for m in (rtn(), rtn(weighted=True)))
     error = lambda out: block_errors(rows, out, fmt, weight=np.diag(h))
