@@ -10,10 +10,10 @@ import re
 import jax
 
 from jquant.core.errors import FormatError
-from jquant.core.formats import ELEMENTS, BlockParams, Format, compute_params, encode, parse_format
 from jquant.core.format_type import FP8_E4M3 as _FP8_E4M3
 from jquant.core.format_type import INT4_G128 as _INT4_G128
 from jquant.core.format_type import INT8 as _INT8
+from jquant.core.formats import ELEMENTS, BlockParams, Format, compute_params, encode, parse_format
 
 ACTIVATION_ELEMENTS = (*(name for name, e in ELEMENTS.items() if e.kind == "int"), "fp8_e4m3", "fp8_e5m2")
 RANGES = ("dynamic", "max", "percentile", "mse")
