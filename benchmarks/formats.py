@@ -17,7 +17,7 @@ from gptq import windows
 import jquant as jq
 from jquant.core import memory
 
-ROOT = Path(__file__).resolve().parent.parent
+RESULT = Path(__file__).resolve().parent / "results/formats.md"
 FORMATS = ["mxfp4", "mxfp4-even", "mxfp4-ceil", "nvfp4", "nvfp4-4o6", "nf4-dq"]
 METHODS = {"rtn": jq.rtn(), "rtn-search": jq.rtn(search=True), "gptq": jq.gptq(act_order=True)}
 
@@ -44,8 +44,8 @@ def main() -> None:
             row = f"| {fmt} | {method} | {bits:.2f} | {e.kl:.4f} | {e.perplexity:.2f} | {e.top1_agreement:.1%} | {seconds:.0f} |"
             print(row, flush=True)
             lines.append(row)
-    note = f"Float32 perplexity {e.perplexity_reference:.2f}. {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, jax {jax.__version__}."
-    (ROOT / "benchmarks/results/formats.md").write_text("\n".join(lines) + f"\n\n{note}\n")
+            note = f"Float32 perplexity {e.perplexity_reference:.2f}. {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, jax {jax.__version__}."
+            RESULT.write_text("\n".join(lines) + f"\n\n{note}\n")  # after every row: an interrupted run leaves its rows
 
 
 if __name__ == "__main__":
