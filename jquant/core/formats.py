@@ -105,11 +105,23 @@ def block_extremes(rows: jax.Array, fmt: Format, stacked: int = 0) -> tuple[jax.
     """
     rows = rows.astype(jnp.float32)
     if fmt.element == "ternary":
-        mean = reduce_blocks(jnp.abs(rows), fmt, jnp.sum, stacked) / np.maximum(
-            block_counts(rows.shape, fmt, stacked), 1
-        )
+        total = reduce_blocks(jnp.abs(rows), fmt, _pairwise_sum, stacked)
+        mean = total / np.maximum(block_counts(rows.shape, fmt, stacked), 1)
         return -mean, mean
     return reduce_blocks(rows, fmt, jnp.min, stacked), reduce_blocks(rows, fmt, jnp.max, stacked)
+
+
+def _pairwise_sum(x: jax.Array, axis: int | tuple[int, ...], keepdims: bool = False, initial: float = 0.0) -> jax.Array:
+    """A sum in one order, whatever the program around it: the bits of `jnp.sum` depend on what XLA fuses it with."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    kept = [a for a in range(x.ndim) if a not in {b % x.ndim for b in axes}]
+    flat = jnp.moveaxis(x, kept, range(len(kept))).reshape(*(x.shape[a] for a in kept), -1)
+    while (n := flat.shape[-1]) > 1:
+        half = n // 2
+        both = flat[..., :half] + flat[..., half : 2 * half]
+        flat = jax.lax.optimization_barrier(jnp.concatenate([both, flat[..., 2 * half :]], axis=-1))
+    total = initial + jnp.sum(flat, axis=-1)  # of one or of none
+    return jnp.expand_dims(total, axis) if keepdims else total
 
 
 # --- scales ---

@@ -55,8 +55,17 @@ def assert_close(got, want, scale):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=3e-6 * scale)
 
 
-@settings(max_examples=12)
-@given(st.sampled_from(WEIGHTS), st.sampled_from(INPUTS), st.sampled_from([1, 2, 6]), st.integers(0, 99))
+# Scales that several rows share, that are no plain floats, that have scales themselves; zero points between codes.
+SHARED = [
+    Format("int8", (2, 7), symmetric=False), Format("int4", (2, 10)), Format("fp8_e4m3", 8, scale_dtype="float8_e8m0fnu"),
+    Format("int4", 8, scale_dtype="float8_e4m3fn", outer_block="tensor"),
+    Format("int3", 5, symmetric=False, scale_dtype="uint8", outer_block=8),
+    Format("int4", 8, symmetric=False, zero_dtype=BF16), Format("fp4_e2m1", 8, scale_dtype="float8_e4m3fn"),
+]  # fmt: skip
+
+
+@settings(max_examples=16)
+@given(st.sampled_from(WEIGHTS + SHARED), st.sampled_from(INPUTS), st.sampled_from([1, 2, 6]), st.integers(0, 99))
 def test_a_product_is_that_of_the_decoded_operands(fmt, act, tokens, seed):
     q, x = weight(fmt, act, seed=seed), inputs(tokens, 40, seed=seed + 1)
     left, right = decoded(x, q)
@@ -67,8 +76,8 @@ def test_a_product_is_that_of_the_decoded_operands(fmt, act, tokens, seed):
     assert names[0][1].startswith({"int": "int8 x int8", "fp8": "fp8 x fp8", "float": "input rounded"}[kind])
 
 
-@settings(max_examples=8)
-@given(st.sampled_from(WEIGHTS[:-1]), st.sampled_from(INPUTS), st.sampled_from([1, 3]))
+@settings(max_examples=12)
+@given(st.sampled_from(WEIGHTS[:-1] + SHARED), st.sampled_from(INPUTS), st.sampled_from([1, 3]))
 def test_what_other_devices_run_is_the_same_product(fmt, act, tokens):
     kind = lp.product_kind(act, fmt, 40)
     if kind == "float":
@@ -80,6 +89,19 @@ def test_what_other_devices_run_is_the_same_product(fmt, act, tokens):
     np.testing.assert_allclose(native, here, rtol=2e-6, atol=2e-6 * float(jnp.abs(here).max() + 1e-30))
     if kind == "int" and fmt.group_size is None:
         np.testing.assert_array_equal(native, here)  # one exact sum
+
+
+@pytest.mark.parametrize(("fmt", "act"), [*[(f, INPUTS[1]) for f in SHARED], (SHARED[1], INPUTS[4])], ids=str)
+def test_shared_scales_and_zero_points_between_codes(fmt, act):
+    q, x = weight(fmt, act), inputs(3, 40)
+    left, right = decoded(x, q)
+    want, kind = left @ right.T, lp.product_kind(act, fmt, 40)
+    assert kind == ("float" if fmt.zero_dtype != "uint8" or fmt.element == "fp4_e2m1" else kind)
+    codes, params = encode_input(x, act)
+    both = [lp._decoded] if kind == "float" else [lambda *a: lp._native(lp.KINDS[kind], *a), lp._decoded]
+    for how in both:
+        out = quick(lambda c, z, q, how=how: how(c, z, q, ()))(codes, params.zero_point, q)
+        assert_close(out * params.scale, want, np.abs(left).sum(-1).max() * np.abs(right).max() + 1)
 
 
 @pytest.mark.parametrize("fmt", [WEIGHTS[0], WEIGHTS[2], WEIGHTS[4], WEIGHTS[7]], ids=str)

@@ -68,7 +68,10 @@ def mlp(p, x):
     return jnp.tanh(x @ p["a"]) @ p["b"]
 
 
-@pytest.mark.parametrize("value", RECIPES, ids=str)
+SHARED = ["nvfp4-4o6", "mxfp4-even+int8", "nf4-g8-dq", "int4-3x8-asym+int8", "int4-g8-asym-zf32+int8", "ternary-tensor"]
+
+
+@pytest.mark.parametrize("value", [*RECIPES, *map(jq.parse_policy, SHARED)], ids=str)
 def test_every_format_and_policy_has_the_bits_of_the_quantized_model(value):
     x = jnp.asarray(normal(3, 5, 40))
     got = assert_the_same_bits(mlp, MLP, value, x)
@@ -117,6 +120,12 @@ def test_the_derivative_is_that_of_the_rounded_product(value):
     assert_same(got, want, rtol=2e-5)
     tangents = (jax.tree.map(jnp.cos, p), jnp.sin(x))
     assert_same(*quick(lambda: tuple(jax.jvp(f, (p, x), tangents)[1] for f in (ours, theirs)))(), rtol=2e-5)
+
+
+def test_ternary_weights_beyond_the_mean_train():
+    p, x = params(w=(20, 6)), jnp.asarray(normal(4, 20))
+    grad = jax.grad(lambda p: jnp.sum(jq.fake_quantized(lambda p, x: x @ p["w"], jq.TERNARY)(p, x)))(p)
+    assert_same(grad["w"], jnp.broadcast_to(x.sum(0)[:, None], (20, 6)), rtol=2e-5)
 
 
 def test_no_derivative_beyond_a_static_range_unless_asked_for():
