@@ -57,7 +57,8 @@ def assert_close(got, want, scale):
 
 # Scales that several rows share, that are no plain floats, that have scales themselves; zero points between codes.
 SHARED = [
-    Format("int8", (2, 7), symmetric=False), Format("int4", (2, 10)), Format("fp8_e4m3", 8, scale_dtype="float8_e8m0fnu"),
+    Format("int8", (2, 7), symmetric=False), Format("int4", (2, 10)),
+    Format("fp8_e4m3", 8, scale_dtype="float8_e8m0fnu"),
     Format("int4", 8, scale_dtype="float8_e4m3fn", outer_block="tensor"),
     Format("int3", 5, symmetric=False, scale_dtype="uint8", outer_block=8),
     Format("int4", 8, symmetric=False, zero_dtype=BF16), Format("fp4_e2m1", 8, scale_dtype="float8_e4m3fn"),
