@@ -1,7 +1,9 @@
 """The environment every test runs in. The variables must be set before JAX starts its backends."""
 
 import contextlib
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -38,3 +40,19 @@ def pytest_runtest_call(item: pytest.Item):
     standard = item.get_closest_marker("standard_promotion")
     with contextlib.nullcontext() if standard else jax.numpy_dtype_promotion("strict"):
         return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item):
+    """Forgets compiled programs in time: each takes some mappings of memory, and a process may have 65530 of them.
+
+    Behind that number XLA crashes without a word.
+    """
+    global _finished
+    _finished += 1
+    if _finished % 20 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
+
+
+_MAPS, _finished = Path("/proc/self/maps"), 0
