@@ -100,6 +100,8 @@ import signal, sys
 from jquant.cli import main
 import jquant.progress
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without one
+
 class Progress(jquant.progress.Progress):
     def step(self, note="", steps=1):
         super().step(note, steps)

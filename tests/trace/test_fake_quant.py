@@ -168,9 +168,10 @@ def test_every_weight_has_a_derivative_through_loops_and_remat(name: str, value)
     loss = lambda f: lambda p: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(f(p, *model.args)))
     grads = quick(jax.grad(loss(fake)))(model.params)
     near = quick(jax.grad(loss(model.apply)))(model.params)
+    largest = max(float(jnp.max(jnp.abs(n))) for n in jax.tree.leaves(near))
     for path, g, n in zip(*[jax.tree.leaves(t) for t in (model.params, grads, near)], strict=True):
         assert g.shape == path.shape and np.all(np.isfinite(g))
-        if np.any(np.asarray(n) != 0):
+        if np.max(np.abs(n)) > 1e-5 * largest:  # a softmax does not notice the bias of keys: its derivative is noise
             cosine = jnp.sum(g * n) / jnp.sqrt(jnp.sum(g * g) * jnp.sum(n * n))
             assert cosine > 0.7, (name, cosine)
 
