@@ -58,14 +58,20 @@ class Instr:
 class Line:
     """The flat program of one traced call.
 
+    Args:
+      traced: the call.
+      inline: whether calls that read no parameter are inlined too.
+
     Attributes:
       instrs: in order.
+      outputs: what it returns: Syms, Refs, or values.
       params: for each path the whole leaf, a `kept.Later`.
       arrays: Syms of the arguments.
       consts: values of Syms that the jaxpr captured.
     """
 
-    def __init__(self, traced: Traced):
+    def __init__(self, traced: Traced, inline: bool = False):
+        self.inline = inline
         self.instrs: list[Instr] = []
         self.consts: dict[Sym, Any] = {}
         self._known: dict[Any, list[Any]] = {}
@@ -74,7 +80,7 @@ class Line:
         self.params = {p: kept.Later(tuple(v.shape), v.dtype) for p, v in zip(traced.paths, leaves, strict=True)}
         self.arrays = [Sym(compat.abstract(a), False) for a in traced.arrays]
         refs = [view.new_ref(p, v) for p, v in self.params.items()]
-        self._run(traced.jaxpr, [*refs, *self.arrays])
+        self.outputs = self._run(traced.jaxpr, [*refs, *self.arrays])
 
     def _run(self, jaxpr: compat.Closed, args: Sequence[Any]) -> list[Any]:
         env: dict[Any, Any] = {v: self._const(c) for v, c in zip(jaxpr.constvars, jaxpr.consts, strict=True)}
@@ -106,6 +112,8 @@ class Line:
                 return self._run(compat.sub_jaxprs(eqn)[0], args)
             if name == "scan" and (outs := self._scan(eqn, args)) is not None:
                 return outs
+        elif self.inline and name in _CALLS:
+            return self._run(compat.sub_jaxprs(eqn)[0], args)
         return self._record(eqn, args)
 
     def _record(self, eqn: compat.JaxprEqn, args: list[Any]) -> list[Any]:

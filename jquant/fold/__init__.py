@@ -1,0 +1,1 @@
+"""Exact rewrites of parameters, found in the jaxpr: scales and rotations that the function does not notice."""
