@@ -58,10 +58,12 @@ if TYPE_CHECKING:
         parse_format,
     )
     from jquant.core.method import Method, chain
+    from jquant.core.per_use import PerUse
     from jquant.core.qtensor import QTensor, dequantize, is_qtensor
     from jquant.core.recipe import Recipe, parse_recipe
     from jquant.core.stats import Stats, merge
     from jquant.evaluate import Evaluation, evaluate, evaluate_all, windows
+    from jquant.fold.rotate import rotate
     from jquant.quantize import quantize
     from jquant.solvers.gptq import gptq
     from jquant.solvers.hqq import hqq
@@ -80,10 +82,12 @@ _NAMES = {
     "INT4_G32 INT4_G64 INT4_G64_ASYM INT4_G128 INT4_G128_ASYM INT5_G64 INT6_G64 INT8 INT8_G128 INT8_TENSOR MXFP4 MXFP6 "
     "MXFP6_E3M2 MXFP8 MXFP8_E5M2 NF4 NF4_DQ NVFP4 NVFP4_FOUR_OVER_SIX TERNARY Format parse_format",
     "core.method": "Method chain",
+    "core.per_use": "PerUse",
     "core.qtensor": "QTensor dequantize is_qtensor",
     "core.recipe": "Recipe parse_recipe",
     "core.stats": "Stats merge",
     "evaluate": "Evaluation evaluate evaluate_all windows",
+    "fold.rotate": "rotate",
     "quantize": "quantize",
     "solvers.gptq": "gptq",
     "solvers.hqq": "hqq",
@@ -92,7 +96,7 @@ _NAMES = {
     "trace.fake_quant": "fake_quantized",
     "trace.sites": "Site Sites find_sites",
 }
-_ROOMS = ("core", "solvers", "ops", "trace", "models", "checkpoint", "report")
+_ROOMS = ("core", "solvers", "ops", "trace", "fold", "models", "checkpoint", "report")
 _WHERE = {name: f"jquant.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted([*_WHERE, "models"])

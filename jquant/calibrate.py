@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.core.errors import JQuantError, NonFiniteError, RecipeError
+from jquant.core.per_use import held
 from jquant.core.stats import Stats, merge
 from jquant.progress import Progress
 from jquant.trace import interpreter, view
@@ -75,7 +76,7 @@ def _program(programs: Any, apply: Any, params: Any, args: Any, kwargs: Any, *wh
         reader = ObserveReader(*what)
         programs[key] = (jax.jit(_observer(traced, reader)), reader, traced)
     fn, reader, traced = programs[key]
-    shapes = {p: tuple(jnp.shape(v)) for p, v in zip(traced.paths, traced.leaves, strict=True)}
+    shapes = {p: tuple(jnp.shape(held(v))) for p, v in zip(traced.paths, traced.leaves, strict=True)}
     return lambda: (fn(traced.leaves, arrays), reader, shapes)
 
 

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.calibrate import calibrate
 from jquant.core import kept, memory
 from jquant.core.activation import Policy
 from jquant.core.errors import JQuantError, JQuantWarning, NonFiniteError
 from jquant.core.formats import Format
-from jquant.core.method import Method, Rounding
+from jquant.core.method import Folding, Method, Rounding
 from jquant.core.paths import flatten_with_paths
+from jquant.core.per_use import held, holding
 from jquant.core.problem import as_problem, finish
 from jquant.core.qtensor import QTensor
 from jquant.core.recipe import Recipe, as_recipe
@@ -74,14 +76,27 @@ def quantize(
         raise JQuantError("quantize: give at least one batch in `batches`; without data, one with the shapes is enough")
     args, kwargs = call_args(batches[0])
     targets = plan_targets(find_sites(apply, params, *args, **kwargs), params, recipe)
+    _check_weights({p: v for p, v in flatten_with_paths(params)[0] if p in targets})
+    params = _fold(apply, params, targets, method, batches)
     flat, treedef = flatten_with_paths(params)
-    _check_weights({p: v for p, v in flat if p in targets})
     if method.needs:
         solved = _walk(apply, params, targets, method, batches, recipe, resume)
     else:
         solved = {p: _solve_whole(v, targets[p], method) for p, v in flat if p in targets}
-    tree = treedef.unflatten([solved.get(p, v) for p, v in flat])
+    tree = treedef.unflatten([holding(v, solved[p]) if p in solved else v for p, v in flat])
     return add_activations(apply, tree, targets, batches)
+
+
+def _fold(apply: Any, params: Any, targets: dict[str, Target], method: Method, batches: list[Any]) -> Any:
+    """The parameters after what the method does to the model before it rounds."""
+    formats = {p: t.format for p, t in targets.items()}
+
+    def statistics(params: Any, paths: Iterable[str], gram: bool = False) -> dict[str, Stats]:
+        return calibrate(apply, params, batches, paths=paths, gram=gram)
+
+    for fold in method.folds:
+        params = fold(Folding(apply, params, batches, formats, statistics))
+    return params
 
 
 # --- one weight ---
@@ -89,7 +104,7 @@ def quantize(
 
 def _check_weights(leaves: dict[str, Any]) -> None:
     for path, leaf in leaves.items():
-        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        bad = int(jnp.sum(~jnp.isfinite(held(leaf))))
         if bad:
             raise NonFiniteError(f"{path}: {bad} of {leaf.size} weights are NaN or infinite; nothing was quantized")
 
@@ -136,7 +151,7 @@ def _flat_stats(stats: Stats, batch: int) -> Stats:
 def _solve_whole(w: Any, target: Target, method: Method) -> QTensor:
     """A leaf without statistics."""
     axes = ((target.contracted, target.batch),)
-    (q,), notes = _solved(method, target.format, axes, [jnp.asarray(w)], None)
+    (q,), notes = _solved(method, target.format, axes, [jnp.asarray(held(w))], None)
     _warn(target.path, notes)
     return q
 
@@ -218,7 +233,7 @@ class _Solver:
         before = self.waiting.pop(unit, None)
         if not members:
             return before
-        shape = jnp.shape(self.walk.unit_value(unit))
+        shape = jnp.shape(held(self.walk.unit_value(unit)))
         lead = _unit_axes(target.batch, unit.at)
         if any(tuple(sorted((*m.axes, *(a for a, _ in m.at)))) != lead for m in members):
             warnings.warn(
@@ -242,7 +257,7 @@ class _Solver:
         if seen is None:
             warnings.warn(f"{name}: no activations reach it; rounded to nearest", JQuantWarning, stacklevel=2)
         method, stats = (_ROUND, None) if seen is None else (self.method, seen.stats)
-        weights = [jnp.asarray(self.walk.unit_value(u)) for u in units]
+        weights = [jnp.asarray(held(self.walk.unit_value(u))) for u in units]
         out, notes = _solved(method, self._format(units[0]), tuple(map(self._axes, units)), weights, stats)
         _warn(name, notes)
         return dict(zip(units, out, strict=True))
@@ -287,7 +302,7 @@ def _assemble(path: str, target: Target, walk: Walk, units: dict[Unit, QTensor])
     mine = {u: q for u, q in units.items() if u.path == path}
     if list(mine) == [Unit(path, (), ())]:
         return next(iter(mine.values()))
-    leaf = jnp.asarray(walk.leaves[path])
+    leaf = jnp.asarray(held(walk.leaves[path]))
     if not mine:
         if target.observable:
             warnings.warn(f"{path}: no activations reach it; rounded to nearest", JQuantWarning, stacklevel=2)

@@ -10,6 +10,7 @@ from jquant.calibrate import calibrate
 from jquant.core.errors import JQuantError, RecipeError
 from jquant.core.histogram import BINS, Histogram, range_params, static_range
 from jquant.core.paths import map_with_paths
+from jquant.core.per_use import held, holding
 from jquant.core.qtensor import QTensor
 from jquant.core.stats import Stats
 from jquant.trace.targets import Target
@@ -29,7 +30,7 @@ def add_activations(apply: Callable[..., Any], qtree: Any, targets: Mapping[str,
 
     def one(path: str, leaf: Any) -> Any:
         target = targets.get(path)
-        return leaf if target is None or target.activation is None else _add(leaf, target, stats)
+        return leaf if target is None or target.activation is None else holding(leaf, _add(held(leaf), target, stats))
 
     return map_with_paths(one, qtree)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TextIO
 import jax.numpy as jnp
 
 from jquant.core.paths import flatten_with_paths
+from jquant.core.per_use import held
 from jquant.core.qtensor import is_qtensor, tree_nbytes
 from jquant.evaluate import Evaluation
 from jquant.trace.sites import Site
@@ -152,7 +153,7 @@ def bytes_by_format(tree: Any) -> list[FormatBytes]:
 def bits_per_weight(tree: Any) -> float:
     """Of the quantized leaves, scales and zero points included; of all leaves where none is quantized."""
     leaves = [leaf for _, leaf in flatten_with_paths(tree)[0]]
-    counted = [leaf for leaf in leaves if is_qtensor(leaf)] or leaves
+    counted = [leaf for leaf in leaves if is_qtensor(held(leaf))] or leaves
     return 8 * sum(map(tree_nbytes, counted)) / max(sum(leaf.size for leaf in counted), 1)
 
 
@@ -192,6 +193,7 @@ def sites_table(sites: Iterable[Site], tree: Any) -> Table:
 
 
 def _format_name(leaf: Any) -> str:
+    leaf = held(leaf)
     return leaf.scheme if is_qtensor(leaf) else jnp.dtype(leaf.dtype).name
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jquant.core import kept, memory
 from jquant.core.errors import JQuantError, NonFiniteError
+from jquant.core.per_use import held, holding
 from jquant.core.qtensor import is_qtensor
 from jquant.progress import Progress
 from jquant.trace.function import call_args, call_key, trace_call
@@ -131,7 +132,7 @@ class Walk:
 
     def _stop(self, k: int, done: dict[Unit, Any], progress: Progress) -> tuple[list[Job], dict[int, Observed]]:
         totals: dict[int, Observed] | None = None
-        values: dict[Operand, jax.Array] = {}
+        values: dict[Operand, Any] = {}
         name = sorted(u.path for u in self.stops[k])[0]
         members: dict[Unit, dict[Member, None]] = {}
         for batch in self.batches:
@@ -156,13 +157,14 @@ class Walk:
             self.compiled[part.key] = (jax.jit(_accumulating(part.run), donate_argnums=2), part)
         return self.compiled[part.key]
 
-    def _value(self, operand: Operand, done: dict[Unit, Any], values: dict[Operand, jax.Array]) -> jax.Array:
+    def _value(self, operand: Operand, done: dict[Unit, Any], values: dict[Operand, Any]) -> Any:
         """What a part reads, in float: a quantized weight is decoded once for all batches."""
         if operand not in values:
             unit = operand.unit
-            whole = done[unit] if unit in done else self.unit_value(unit)
+            whole = self.unit_value(unit)
+            whole = holding(whole, done[unit]) if unit in done else whole
             value = kept.apply_cuts(whole, operand.cuts)
-            values[operand] = _decoded(value) if is_qtensor(value) else value
+            values[operand] = _decoded(value) if is_qtensor(held(value)) else value
         return values[operand]
 
     def unit_value(self, unit: Unit) -> Any:

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jquant.checkpoint import folder as _folder
 from jquant.checkpoint import tree as _tree
 from jquant.checkpoint.sharding import qtensor_sharding
 from jquant.core.errors import CheckpointError
 from jquant.core.paths import flatten_with_paths, path_of
+from jquant.core.per_use import PerUse, is_node
 from jquant.core.qtensor import QTensor, is_qtensor
 
 PathLike = str | os.PathLike[str]
@@ -212,7 +213,7 @@ def _placement(
 
 
 def _by_prefix(path: Path, leaves: dict[str, Any], tree: Any) -> Callable[[str], Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None or is_qtensor(x))
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None or is_node(x))
     given = {path_of(keys): s for keys, s in flat}
 
     def prefix(p: str) -> str | None:
@@ -234,27 +235,38 @@ def _component_shardings(path: Path, leaf_path: str, leaf: Any, place: Callable[
     """A sharding or None for each array of a leaf, checked against its shape."""
     arrays: list[Any] = jax.tree.leaves(leaf)
     where = place(leaf_path)
-    if not (where is None or isinstance(where, (Sharding, QTensor))):
+    if not (where is None or isinstance(where, (Sharding, QTensor, PerUse))):
         raise CheckpointError(
             f"{path}: the sharding of {leaf_path} is a {type(where).__name__}; a jax.sharding.Sharding is needed, as "
             "in NamedSharding(mesh, PartitionSpec(...)), or None"
         )
     try:
-        if isinstance(leaf, QTensor) and isinstance(where, Sharding):
-            where = qtensor_sharding(leaf, where)
-        if isinstance(where, QTensor):
-            # A leaf of `like` may have None for an array that has no sharding.
-            flat: list[Any] = jax.tree.leaves(where, is_leaf=lambda s: s is None)
-            whole = jax.tree.leaves(leaf, is_leaf=lambda a: a is None)
-            flat = [s for s, a in zip(flat, whole, strict=True) if a is not None]
-        else:
-            flat = [where] * len(arrays)
+        flat = _flat_shardings(leaf, where)
         for s, array in zip(flat, arrays, strict=True):
             if s is not None and hasattr(array, "shape"):
                 s.shard_shape(array.shape)
     except ValueError as e:  # CheckpointError is one
         raise CheckpointError(f"{path}: the sharding of {leaf_path} does not fit it, {leaf}: {e}") from e
     return flat
+
+
+def _flat_shardings(leaf: Any, where: Any) -> list[Any]:
+    """A sharding or None for each array of a leaf, in their order."""
+    if isinstance(leaf, PerUse):
+        maps = where
+        if isinstance(where, NamedSharding):  # the small maps go to all of its devices
+            maps = NamedSharding(where.mesh, PartitionSpec(), memory_kind=where.memory_kind)
+        of = lambda key: getattr(where, key) if isinstance(where, PerUse) else maps
+        inside = _flat_shardings(leaf.value, where.value if isinstance(where, PerUse) else where)
+        return [*inside, *[of(key) for key in ("lookup", "product") if getattr(leaf, key) is not None]]
+    if isinstance(leaf, QTensor) and isinstance(where, Sharding):
+        where = qtensor_sharding(leaf, where)
+    if isinstance(where, QTensor):
+        # A leaf of `like` may have None for an array that has no sharding.
+        given: list[Any] = jax.tree.leaves(where, is_leaf=lambda s: s is None)
+        whole = jax.tree.leaves(leaf, is_leaf=lambda a: a is None)
+        return [s for s, a in zip(given, whole, strict=True) if a is not None]
+    return [where] * len(jax.tree.leaves(leaf))
 
 
 def _read_arrays(path: Path, entries: dict[str, Any], shardings: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -16,6 +16,7 @@ from jquant.core.activation import Activation
 from jquant.core.errors import CheckpointError, JQuantError
 from jquant.core.formats import BlockParams, Format
 from jquant.core.paths import flatten_with_paths
+from jquant.core.per_use import PerUse, is_node, is_per_use
 from jquant.core.qtensor import QTensor, is_qtensor
 
 # Types that Orbax can't store, and the one that holds their values in the file.
@@ -33,7 +34,7 @@ def _children(node: Any) -> list[tuple[Any, Any]]:
 
 
 def _is_leaf(node: Any) -> bool:
-    return is_qtensor(node) or jax.tree_util.all_leaves([node])
+    return is_node(node) or jax.tree_util.all_leaves([node])
 
 
 def _name(key: Any) -> str | int:
@@ -118,6 +119,10 @@ def describe(path: str, leaf: Any, arrays: Arrays) -> dict[str, Any]:
     """
     if is_qtensor(leaf):
         return _describe_qtensor(path, leaf, arrays)
+    if is_per_use(leaf):
+        maps = {k: getattr(leaf, k) for k in ("lookup", "product")}
+        parts = {"value": describe(path, leaf.value, arrays)}
+        return {"kind": "per_use", **parts, **{k: None if m is None else arrays.add(m) for k, m in maps.items()}}
     if type(leaf).__name__ in _PYTHON and type(leaf) in _PYTHON.values():
         value = leaf.hex() if isinstance(leaf, float) else leaf  # JSON has no NaN, and must not round
         return {"kind": "python", "type": type(leaf).__name__, "value": value}
@@ -127,7 +132,7 @@ def describe(path: str, leaf: Any, arrays: Arrays) -> dict[str, Any]:
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and np.dtype(leaf.dtype).kind not in "OSUMm":
         return {"kind": "array", **arrays.add(leaf)}
     raise CheckpointError(
-        f"{path}: a {type(leaf).__name__} can't be saved; leaves are arrays, QTensors, PRNG keys, and Python's bool, "
+        f"{path}: a {type(leaf).__name__} can't be saved; leaves are arrays, QTensors, PerUses, PRNG keys, and Python's bool, "
         "int, float and str"
     )
 
@@ -198,6 +203,8 @@ def abstract(path: str, entry: dict[str, Any]) -> Any:
             BlockParams(*(e and one(e) for e in stored)) if (stored := entry.get("activation_params")) else None,
             tuple(one(e) for e in entry.get("outer", [])),
         )
+    if entry["kind"] == "per_use":
+        return PerUse(abstract(path, entry["value"]), *[entry[k] and one(entry[k]) for k in ("lookup", "product")])
     if entry["kind"] == "python":
         value = entry["value"]
         return float.fromhex(value) if entry["type"] == "float" else _PYTHON[entry["type"]](value)
@@ -211,6 +218,8 @@ def array_entries(entry: dict[str, Any]) -> list[dict[str, Any]]:
     if entry["kind"] == "qtensor":
         more = (entry["zero_point"], *entry.get("outer", ()), *(entry.get("activation_params") or ()))
         return [*entry["codes"], entry["scale"], *(e for e in more if e)]
+    if entry["kind"] == "per_use":
+        return [*array_entries(entry["value"]), *[entry[k] for k in ("lookup", "product") if entry[k]]]
     return [entry]
 
 

@@ -1,10 +1,12 @@
 """`Method`: how weights are rounded. A pair of pure functions, composed by `chain`, as optax composes."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
+from jquant.core.errors import JQuantWarning
 from jquant.core.formats import BlockParams, Format
 from jquant.core.stats import Stats
 
@@ -29,25 +31,52 @@ class Rounding(NamedTuple):
 Solver = Callable[[Rounding, Stats | None, Format], Rounding]
 
 
+class Folding(NamedTuple):
+    """What a fold is given.
+
+    Attributes:
+      apply, params: the function and its parameters, floats.
+      batches: calibration data, at least one batch; perhaps shapes only.
+      formats: path -> format, of the leaves that will be quantized.
+      calibrate: `(params, paths) -> path -> Stats`, with Gram matrices where `gram=True`.
+    """
+
+    apply: Callable[..., Any]
+    params: Any
+    batches: list[Any]
+    formats: Mapping[str, Format]
+    calibrate: Callable[..., dict[str, Stats]]
+
+    def miss(self, name: str, what: str) -> None:
+        """Says in a warning what a fold did not find."""
+        warnings.warn(f"{name}: {what}", JQuantWarning, stacklevel=3)
+
+
+Fold = Callable[[Folding], Any]
+
+
 class Method(NamedTuple):
-    """How to quantize.
+    """How to quantize: what is done to the model before rounding, and to each weight.
 
     Attributes:
       name: for messages and reports, "gptq(act_order=True)".
       solve: what it does to one weight: `(rounding, stats, format) -> rounding`, pure and jit-able, batched over the
         leading axis, or None.
+      folds: what it does to the model before rounding, in order: `Folding -> params`, the same function of the inputs.
       needs: the statistics that it reads: a subset of {"gram", "absmax", "mean_abs"}; empty for data-free methods.
     """
 
     name: str
     solve: Solver | None
     needs: frozenset[str] = frozenset()
+    folds: tuple[Fold, ...] = ()
 
 
 def chain(*methods: Method) -> Method:
     """Applies methods left to right: each sees the weight, the scales and the codes that the ones before it left.
 
-    `chain(rtn(search=True), gptq())` rounds by GPTQ under the scales that the search chose.
+    `chain(rtn(search=True), gptq())` rounds by GPTQ under the scales that the search chose. What methods do to the
+    model (`rotate`, the scales of `awq`) is done before any of them rounds, in their order.
     """
     if not methods:
         raise ValueError("chain: give at least one method, as in jquant.chain(jquant.gptq())")
@@ -58,5 +87,6 @@ def chain(*methods: Method) -> Method:
             state = step(state, stats, fmt)
         return state
 
+    folds = tuple(f for m in methods for f in m.folds)
     name = " + ".join(m.name for m in methods)
-    return Method(name, solve if solvers else None, frozenset().union(*(m.needs for m in methods)))
+    return Method(name, solve if solvers else None, frozenset().union(*(m.needs for m in methods)), folds)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jquant.core.qtensor import is_qtensor
+from jquant.core.per_use import is_node
 
 
 def _key_name(key: Any) -> str:
@@ -31,8 +31,8 @@ def path_of(keys: tuple[Any, ...], alone: bool = True) -> str:
 
 
 def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """Leaves of `tree` with their paths (a QTensor is one leaf), and the tree's structure."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
+    """Leaves of `tree` with their paths (a QTensor or a PerUse is one leaf), and the tree's structure."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
     below = collections.Counter(keys[:end] for keys, _ in flat for end in range(len(keys)))
     return [(path_of(keys, alone=below[keys[:-1]] == 1), leaf) for keys, leaf in flat], treedef
 

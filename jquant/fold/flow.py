@@ -50,6 +50,21 @@ class Role(NamedTuple):
     kind: str  # "dot", "ragged_dot", "lookup" or "read"
 
 
+class Fold(NamedTuple):
+    """A change of parameters.
+
+    Attributes:
+      flow: the labels of the parameters' channels.
+      diagonal: it scales channels, and mixes none.
+      change: `(array, classes that its entries produce, classes that they contract) -> array`, float64; classes have the
+        array's rank, and are None where there are none.
+    """
+
+    flow: "Flow"
+    diagonal: bool
+    change: Callable[[np.ndarray, np.ndarray | None, np.ndarray | None], np.ndarray]
+
+
 Rule = Callable[["Flow", Any, list[Info], tuple[tuple[int, ...], ...]], list[Info] | None]
 _LARGEST_READ = 2**22
 
@@ -72,6 +87,7 @@ class Flow:
       ins: the labels that they contract, 1 along the axes that the leaf keeps; -1 where nothing reads them.
       contracted: the full leaf's axes that make no channels: the contracted ones, the one that is looked up.
       affine: for each leaf that is not multiplied as a weight the `(a, b)` of the value a w + b that the program uses.
+      gains: leaves that some value is multiplied with, entry by entry.
     """
 
     def __init__(self, line: Line, leaves: dict[str, Any], rules: dict[str, Rule]):
@@ -82,6 +98,7 @@ class Flow:
         self.ins: dict[Role, np.ndarray] = {}
         self.contracted: dict[Role, tuple[int, ...]] = {}
         self.affine: dict[str, tuple[float, float]] = {}
+        self.gains: set[str] = set()
         self.fixed = {p for p, v in leaves.items() if is_qtensor(v)}
         self.here = 0
         for here, instr in enumerate(line.instrs, 1):
@@ -217,6 +234,8 @@ class Flow:
             return _looked_up(use, labels, shape)
         if use.kind == "ragged_dot":  # a row's expert is not known: the channels of all of them are one
             labels = self.unify(labels, [0])
+        if use.batch:  # their channels meet different inputs
+            self.labels.note(labels, self.place(labels, [labels.ndim + a for a in use.batch]), self.here)
         x = others[0]
         self.kill(*others[1:])
         if x.square:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jquant.fold.flow import Flow, Info, Role, Rule, aligned, together, varies
+from jquant.fold.flow import Flow, Fold, Info, Rule, aligned, together, varies
 from jquant.trace.program import Line
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -60,6 +60,7 @@ _NUMBERS: dict[str, Any] = {
 def _times(flow: Flow, eqn: Any, infos: list[Info], shapes: Shapes) -> list[Info] | None:
     """a * b: one of them may change."""
     x, y = infos = aligned(infos, len(shapes[0]))
+    flow.gains.update(_gains(x, y))
     for p, q in ((x, y), (y, x)):
         if p.param and q.const:
             path, a, b = p.param
@@ -71,6 +72,11 @@ def _times(flow: Flow, eqn: Any, infos: list[Info], shapes: Shapes) -> list[Info
         kept = y if loses is x else x
         return [Info(flow.labels.find(kept.labels), varies(infos))]
     return [Info(together(infos), varies(infos), const)]
+
+
+def _gains(x: Info, y: Info) -> set[str]:
+    """The leaf that multiplies something else than a number."""
+    return {p.param[0] for p, q in ((x, y), (y, x)) if p.param and q.const is None}
 
 
 def _divided(flow: Flow, eqn: Any, infos: list[Info], shapes: Shapes) -> list[Info] | None:
@@ -165,9 +171,14 @@ RULES: dict[str, Rule] = {
 # --- applying ---
 
 
-def factor(flow: Flow, scale: np.ndarray, role: Role) -> np.ndarray:
-    """What the entries of a leaf are multiplied with, of the full leaf's rank. `scale` `[labels]`, 1 for label 0."""
-    up = scale[flow.labels.find(flow.outs[role])]
-    if role not in flow.ins:
-        return up
-    return up / scale[flow.labels.find(np.maximum(flow.ins[role], 0))]
+def scaling(flow: Flow, scale: np.ndarray) -> Fold:
+    """The fold that multiplies the channels of each class by `scale` `[labels]`, 1 for label 0."""
+
+    def change(a: np.ndarray, outs: np.ndarray | None, ins: np.ndarray | None) -> np.ndarray:
+        if outs is not None and outs.any():
+            a = a * scale[outs]
+        if ins is not None and ins.any():
+            a = a / scale[ins]
+        return a
+
+    return Fold(flow, True, change)

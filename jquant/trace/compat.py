@@ -8,7 +8,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.core.qtensor import is_qtensor
+from jquant.core.per_use import is_node
 
 JaxprEqn = jex.JaxprEqn
 Literal = jex.Literal
@@ -81,9 +81,7 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype, weak type of an array, tracer or scalar; of a QTensor those of the array that it stands for."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
-    if is_qtensor(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype)
-    if is_qtensor(x):
+    if is_node(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     aval = jax.typeof(x)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
@@ -122,7 +120,12 @@ def stand_in(parts: Sequence[Any], shape: Sequence[int], dtype: Any) -> Any:
 
 def bind(eqn: JaxprEqn, *args: Any) -> list[Any]:
     """Runs one equation on values, custom derivatives and all."""
-    params = eqn.primitive.get_bind_params(eqn.params)
+    return bind_with(eqn, eqn.params, *args)
+
+
+def bind_with(eqn: JaxprEqn, params: dict[str, Any], *args: Any) -> list[Any]:
+    """`bind` with other parameters."""
+    params = eqn.primitive.get_bind_params(params)
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]

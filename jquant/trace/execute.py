@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jquant import ops
 from jquant.core import kept
+from jquant.core.per_use import is_node
 from jquant.core.qtensor import QTensor, is_qtensor
 from jquant.trace import compat, interpreter, rounding, view
 from jquant.trace.function import Traced, split_arrays, trace_call
@@ -142,7 +143,7 @@ def _execute(apply: Callable[..., Any], qparams: Any, args: Any, kwargs: Any, re
 
 def run_traced(traced: Traced, reader: ExecuteReader) -> Any:
     """The outputs of a traced call."""
-    refs = [view.new_ref(p, v) if is_qtensor(v) else v for p, v in zip(traced.paths, traced.leaves, strict=True)]
+    refs = [view.new_ref(p, v) if is_node(v) else v for p, v in zip(traced.paths, traced.leaves, strict=True)]
     outs = interpreter.run_all(traced.jaxpr, [*refs, *traced.arrays], reader, interpreter.Frame())
     return jax.tree.unflatten(traced.out_tree, outs)
 

@@ -11,6 +11,7 @@ from jquant.core.activation import Policy
 from jquant.core.formats import BlockParams, Format, spread
 from jquant.core.histogram import static_range
 from jquant.core.method import Rounding
+from jquant.core.per_use import held, holding
 from jquant.core.problem import as_problem, finish
 from jquant.core.qtensor import QTensor, from_rows, to_rows
 from jquant.core.recipe import Recipe, as_recipe
@@ -58,7 +59,7 @@ def fake_quantized(
         traced = trace_call(apply, params, args, kwargs)
         targets = plan_targets(sites_of(traced), params, recipe)
         leaves = [
-            _trained(jnp.asarray(v), targets[p], stats, clip) if p in targets else v
+            holding(v, _trained(jnp.asarray(held(v)), targets[p], stats, clip)) if p in targets else v
             for p, v in zip(traced.paths, traced.leaves, strict=True)
         ]
         return run_traced(traced._replace(leaves=leaves), ExecuteReader(train=True, clip=clip))

@@ -8,7 +8,7 @@ import numpy as np
 
 from jquant.core.errors import DamagedQTensorError, TraceError
 from jquant.core.paths import flatten_with_paths
-from jquant.core.qtensor import is_qtensor
+from jquant.core.per_use import is_node
 from jquant.trace import compat
 
 
@@ -62,9 +62,9 @@ def trace_call(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwar
     flat, treedef = flatten_with_paths(params)
     paths, leaves = [p for p, _ in flat], [v for _, v in flat]
     for path, leaf in flat:
-        if not (is_array(leaf) or is_qtensor(leaf) or isinstance(leaf, float | int | complex)):
+        if not (is_array(leaf) or is_node(leaf) or isinstance(leaf, float | int | complex)):
             raise TraceError(f"{path}: a parameter leaf must be an array or a QTensor, not {type(leaf).__name__}")
-        if is_qtensor(leaf):
+        if is_node(leaf):
             _check(path, leaf)
     arrays, rebuild = split_arrays((tuple(args), kwargs))
 
@@ -72,7 +72,7 @@ def trace_call(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwar
         args, kwargs = rebuild(arrays)
         return apply(treedef.unflatten(leaves), *args, **kwargs)
 
-    shapes = [compat.stand_in(v.arrays, v.shape, v.dtype) if is_qtensor(v) else v for v in leaves]
+    shapes = [compat.stand_in(v.arrays, v.shape, v.dtype) if is_node(v) else v for v in leaves]
     jaxpr, out_tree = compat.trace(call, shapes, arrays)
     return Traced(jaxpr, paths, leaves, arrays, out_tree)
 

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from jquant.core.errors import TraceError
+from jquant.core.per_use import is_per_use, mapped
 from jquant.trace import compat, view
-from jquant.trace.uses import Use, find_use
+from jquant.trace.uses import Use, find_use, lookup_axis, product_axis
 from jquant.trace.view import Ref
 
 Emissions = dict[Any, Any]
@@ -103,8 +105,23 @@ def step(eqn: compat.JaxprEqn, args: list[Any], reader: Reader, frame: Frame) ->
     use = find_use(eqn, args)
     if use is not None:
         args = [a if i == use.which else _array(a, eqn, reader, frame) for i, a in enumerate(args)]
-        return reader.use(use._replace(args=tuple(args)), frame)
+        return use_held(use._replace(args=tuple(args)), reader, frame)
     return compat.bind(eqn, *[_array(a, eqn, reader, frame) for a in args])
+
+
+def use_held(use: Use, reader: Reader, frame: Frame) -> list[Any]:
+    """A use of a leaf; of a PerUse, its map is applied to what goes in or comes out, and the reader sees what it holds."""
+    ref, leaf = use.ref, use.ref.value
+    if not is_per_use(leaf):
+        return reader.use(use, frame)
+    args = [a.replace(value=leaf.value) if i == use.which else a for i, a in enumerate(use.args)]
+    if use.kind == "lookup":
+        [rows] = reader.use(use._replace(args=tuple(args)), frame)
+        return [mapped(rows, lookup_axis(use), leaf.lookup, False)]
+    if (axis := product_axis(use)) is None:
+        raise TraceError(f"{ref.path}: was folded for products along one axis; {use.eqn.primitive.name} contracts others")
+    args[1 - use.which] = mapped(args[1 - use.which], axis, leaf.product, True)
+    return reader.use(use._replace(args=tuple(args)), frame)
 
 
 def _array(a: Any, eqn: compat.JaxprEqn, reader: Reader, frame: Frame) -> Any:

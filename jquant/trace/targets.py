@@ -10,6 +10,7 @@ from jquant.core.activation import Activation, Policy, split_policy
 from jquant.core.errors import JQuantWarning, RecipeError
 from jquant.core.format_type import Format, fitted
 from jquant.core.paths import flatten_with_paths
+from jquant.core.per_use import held
 from jquant.core.qtensor import is_qtensor
 from jquant.core.recipe import Recipe
 from jquant.trace.sites import Site, Sites
@@ -46,12 +47,12 @@ def plan_targets(sites: Sites, params: Any, recipe: Recipe) -> dict[str, Target]
     targets, unread = {}, []
     for path, leaf in flat:
         rule = recipe(path)
-        if rule is None or is_qtensor(leaf):
+        if rule is None or is_qtensor(held(leaf)):
             continue
         target = _target(path, leaf, rule, by_path.get(path, []))
         if target is not None:
             targets[path] = target
-        elif jnp.ndim(leaf) >= 2:
+        elif jnp.ndim(held(leaf)) >= 2:
             unread.append(path)
     _check_rules(recipe, [p for p, _ in flat], targets)
     if unread:
@@ -77,10 +78,10 @@ def _check_rules(recipe: Recipe, paths: list[str], targets: dict[str, Target]) -
 
 def _target(path: str, leaf: Any, rule: Format | Policy, sites: list[Site]) -> Target | None:
     usable = [s for s in sites if s.quantizable]
-    if not usable or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    if not usable or not jnp.issubdtype(jnp.result_type(held(leaf)), jnp.floating):
         return None
-    if math.prod(jnp.shape(leaf)) == 0:
-        warnings.warn(f"{path}: empty ({jnp.shape(leaf)}), kept as it is", JQuantWarning, stacklevel=4)
+    if math.prod(jnp.shape(held(leaf))) == 0:
+        warnings.warn(f"{path}: empty ({jnp.shape(held(leaf))}), kept as it is", JQuantWarning, stacklevel=4)
         return None
     products = [s for s in usable if s.kind != "lookup"]
     main = (products or usable)[0]

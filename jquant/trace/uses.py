@@ -163,6 +163,20 @@ def _find_lookup(eqn: Any, args: Sequence[Any]) -> Use | None:
     return Use("lookup", eqn, tuple(args), 0, contracted, (), Lookup(axis, dim)) if contracted else None
 
 
+def lookup_axis(use: Use) -> int:
+    """The dimension of a lookup's result that holds the rows; the first of them where it is several."""
+    return use.eqn.params["dimension_numbers"].offset_dims[0]
+
+
+def product_axis(use: Use) -> int | None:
+    """The dimension of a product's other operand that meets the rows of a leaf, whole; None where it is several."""
+    if use.kind != "dot" or len(use.contracted) != 1:
+        return None
+    contract, _ = use.eqn.params["dimension_numbers"]
+    mine = contract[use.which]
+    return contract[1 - use.which][0] if len(mine) == 1 and view.whole_axis(use.ref, mine[0]) is not None else None
+
+
 def _is_identity(ref: Ref) -> bool:
     shape = tuple(ref.value.shape)
     return ref.dims == view.new_ref(ref.path, ref.value).dims and ref.shape == shape

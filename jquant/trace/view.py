@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.core import kept
+from jquant.core.errors import TraceError
+from jquant.core.per_use import is_per_use
 from jquant.core.qtensor import is_qtensor
 
 
@@ -80,6 +82,11 @@ class Ref:
 
     def array(self) -> jax.Array:
         """The array that the view stands for: dequantized, rearranged and cast."""
+        if is_per_use(self.value):
+            raise TraceError(
+                f"{self.path}: is one array to lookups and another to products, and is read as a whole; a fold made it "
+                "so for a function that does not"
+            )
         w = self.value.dequantize() if is_qtensor(self.value) else self.value
         return self.cast(self.arrange(w))
 
@@ -176,7 +183,7 @@ def cut(ref: Ref, dim: int, start: Any, size: int) -> Ref | None:
     if size == ref.shape[dim]:
         return ref
     axis = whole_axis(ref, dim)
-    if axis is None:
+    if axis is None or is_per_use(ref.value):
         return None
     if is_qtensor(ref.value) and axis in ref.value.contracted:
         return None
@@ -240,7 +247,7 @@ def leading_axis(ref: Ref) -> int | None:
 
 def stackable(ref: Ref) -> bool:
     """Whether the leading dimension of the view is a whole axis that can be scanned over."""
-    if ref.sliced or any(i.at == "traced" for i in ref.stack):
+    if ref.sliced or is_per_use(ref.value) or any(i.at == "traced" for i in ref.stack):
         return False
     axis = leading_axis(ref)
     return axis is not None and not (is_qtensor(ref.value) and axis in ref.value.contracted)

@@ -1,0 +1,236 @@
+"""`Program`: what a fold reads of a function, and the proof that a change of its parameters changes nothing else."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.core.errors import JQuantWarning
+from jquant.core.paths import flatten_with_paths
+from jquant.core.per_use import PerUse, is_per_use
+from jquant.fold import arrays
+from jquant.fold.flow import Flow, Fold, Role
+from jquant.fold.rotations import classes_of
+from jquant.fold.wide import cut_leaf, run_wide
+from jquant.trace.function import call_args, split_arrays, trace_call
+from jquant.trace.program import Line
+
+Cuts = Sequence[tuple[int, ...]]
+TOLERANCE = 1e-9
+_TOKENS = 16
+
+
+class Program(NamedTuple):
+    """A function and its parameters.
+
+    Attributes:
+      line: its equations, all calls inlined, at the shapes of a batch.
+      leaves: the parameters by path.
+      small, arrays: the same at a small part of the batch, and that part: what proofs run.
+    """
+
+    line: Line
+    leaves: dict[str, Any]
+    small: Line
+    arrays: list[Any]
+
+
+def read_program(apply: Callable[..., Any], params: Any, batch: Any) -> Program:
+    """Traces a function for folds. `batch` may hold ShapeDtypeStructs; the proof then runs on numbers of its own."""
+    args, kwargs = call_args(batch)
+    traced = trace_call(apply, params, args, kwargs)
+    leaves = dict(zip(traced.paths, traced.leaves, strict=True))
+    small, some = traced, traced.arrays
+    for rows, tokens in ((2, _TOKENS), (2, None)):
+        found, rebuild = split_arrays((args, kwargs))
+        part = [_part(a, rows, tokens) for a in found]
+        if [a.shape for a in part] == [a.shape for a in some]:
+            continue
+        try:
+            small_args, small_kwargs = rebuild(part)
+            small, some = trace_call(apply, params, small_args, small_kwargs), part
+            break
+        except Exception:  # a function that wants all of it: whatever it raises, the whole batch will do
+            continue
+    return Program(Line(traced, inline=True), leaves, Line(small, inline=True), [_numbers(a) for a in some])
+
+
+def _part(a: Any, rows: int, tokens: int | None) -> Any:
+    shape = list(a.shape)
+    if shape:
+        shape[0] = min(rows, shape[0])
+    if len(shape) > 1 and tokens is not None:
+        shape[1] = min(tokens, shape[1])
+    if isinstance(a, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(tuple(shape), a.dtype)
+    return a[tuple(slice(0, n) for n in shape)]
+
+
+def _numbers(a: Any) -> Any:
+    if not isinstance(a, jax.ShapeDtypeStruct):
+        return a
+    if jnp.issubdtype(a.dtype, jnp.floating):
+        return np.random.default_rng(0).normal(size=a.shape).astype(a.dtype)
+    return (np.arange(int(np.prod(a.shape))) % 7).reshape(a.shape).astype(a.dtype)
+
+
+def edit(fold: Fold, path: str, leaf: Any, cuts: Cuts = ()) -> Any:
+    """A leaf (float64, or a PerUse), or the part of it that `cuts` take, changed; the leaf itself where nothing is.
+
+    Raises:
+      ValueError: it can't be changed so.
+    """
+    flow = fold.flow
+    roles = [r for r in flow.outs if r.path == path]
+    if path in flow.fixed or not roles:
+        return leaf
+    if is_per_use(leaf) or {r.kind for r in roles} == {"dot", "lookup"}:
+        return _edit_uses(fold, leaf, {r.kind: r for r in roles})
+    [role] = roles
+    a, b = flow.affine.get(path, (1.0, 0.0)) if role.kind == "read" else (1.0, 0.0)
+    before = np.asarray(leaf, np.float64) * a + b
+    after = fold.change(before, _cut(flow, role, "outs", cuts), _cut(flow, role, "ins", cuts))
+    return leaf if after is before or np.array_equal(after, before) else (after - b) / a
+
+
+def _cut(flow: Flow, role: Role, side: str, cuts: Cuts) -> np.ndarray | None:
+    classes = classes_of(flow, role, side)
+    return None if classes is None else arrays.cut(classes, cuts)
+
+
+def _edit_uses(fold: Fold, leaf: Any, roles: dict[str, Role]) -> Any:
+    """A leaf that is looked up and multiplied: one array if both change alike, else a PerUse."""
+    flow = fold.flow
+    node = leaf if isinstance(leaf, PerUse) else PerUse(leaf)
+    maps: dict[str, Any] = {}
+    for kind, side, key in (("lookup", "outs", "lookup"), ("dot", "ins", "product")):
+        maps[key] = getattr(node, key)
+        if kind in roles:
+            classes = _row_classes(flow, roles[kind], side)
+            before = _map_rows(maps[key], fold.diagonal, classes.shape[-1])
+            after = fold.change(before, *((classes, None) if side == "outs" else (None, classes)))
+            if not np.array_equal(after, before):
+                maps[key] = after[0] if len(after) == 1 else after
+    if is_per_use(leaf) or not _alike(maps["lookup"], maps["product"]):
+        return node.replace(**maps)
+    if maps["lookup"] is None:
+        return leaf
+    axis = _row_axis(flow, roles["lookup"])
+    rows = np.moveaxis(np.asarray(leaf, np.float64), axis, -1)
+    by = maps["lookup"]
+    return np.moveaxis(rows * by if by.ndim == 1 else rows @ by, -1, axis)
+
+
+def _row_axis(flow: Flow, role: Role) -> int:
+    return next(d for d, n in enumerate(flow.outs[role].shape) if n > 1)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def _map_rows(by: Any, diagonal: bool, n: int) -> np.ndarray:
+    """A map as rows `[rows, n]` that a change acts on."""
+    if by is None:
+        return np.ones((1, n)) if diagonal else np.eye(n)
+    by = np.asarray(by, np.float64)
+    if by.ndim == 2:
+        return by
+    return by[None] if diagonal else np.diag(by)
+
+
+def _row_classes(flow: Flow, role: Role, side: str) -> np.ndarray:
+    """The classes of the rows of a table, `[1, n]`."""
+    classes = classes_of(flow, role, side)
+    n = flow.line.params[role.path].shape[-1]
+    if classes is None:
+        return np.zeros((1, n), np.int64)
+    other = classes_of(flow, role, "ins" if side == "outs" else "outs")
+    if role.kind == "dot" and other is not None and other.any() or sum(s > 1 for s in classes.shape) > 1:
+        raise ValueError(f"{role.path} is read in two ways, and along several axes")
+    return classes.reshape(1, -1)
+
+
+class Refused(NamedTuple):
+    """What was not applied, and why."""
+
+    item: Any
+    why: str
+
+
+def prove(
+    program: Program, make: Callable[[list[Any]], Fold], items: list[Any]
+) -> tuple[list[Any], list[Refused]]:
+    """The items whose fold leaves the float64 outputs as they are, to 1e-9 of the largest, and the others.
+
+    All at once where that holds; else halves, and so on. Costs two runs of a few tokens, more only where one fails.
+    """
+    before = run_wide(program.small, lambda p, cuts: cut_leaf(program.leaves[p], cuts), program.arrays)
+    good: list[Any] = []
+    bad: list[Refused] = []
+
+    def sort(part: list[Any]) -> None:
+        why = _difference(program, make([*good, *part]), before)
+        if not why:
+            good.extend(part)
+        elif len(part) == 1:
+            bad.append(Refused(part[0], why))
+        else:
+            sort(part[: len(part) // 2])
+            sort(part[len(part) // 2 :])
+
+    if items:
+        sort(items)
+    return good, bad
+
+
+def _difference(program: Program, fold: Fold, before: list[np.ndarray]) -> str:
+    """Why a fold is no fold, or ""."""
+    try:
+        after = run_wide(
+            program.small, lambda p, cuts: edit(fold, p, cut_leaf(program.leaves[p], cuts), cuts), program.arrays
+        )
+    except ValueError as e:
+        return str(e)
+    for a, b in zip(before, after, strict=True):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            if not np.array_equal(a, b):
+                return "an output that is no float changes"
+            continue
+        top = np.max(np.abs(a), initial=0.0)
+        error = np.max(np.abs(a - b), initial=0.0)
+        if not error <= TOLERANCE * top:
+            return f"the float64 outputs change by {error / max(top, 1e-300):.1e} of the largest"
+    return ""
+
+
+def apply_fold(fold: Fold, params: Any) -> Any:
+    """Parameters changed: computed in float64, in the dtypes that they had (the maps of a PerUse in float32)."""
+    flat, treedef = flatten_with_paths(params)
+    return treedef.unflatten([_applied(fold, path, leaf) for path, leaf in flat])
+
+
+def _applied(fold: Fold, path: str, leaf: Any) -> Any:
+    if path in fold.flow.fixed or not any(r.path == path for r in fold.flow.outs):
+        return leaf
+    inner = leaf if is_per_use(leaf) else np.asarray(leaf)
+    if not jnp.issubdtype(inner.dtype, jnp.floating):
+        return leaf
+    done = edit(fold, path, inner)
+    if done is inner:
+        return leaf
+    if isinstance(done, PerUse):
+        maps = {k: None if (m := getattr(done, k)) is None else jnp.asarray(np.asarray(m), jnp.float32) for k in ("lookup", "product")}
+        return done.replace(value=leaf.value if is_per_use(leaf) else leaf, **maps)
+    return jnp.asarray(np.asarray(done), leaf.dtype)
+
+
+def warn_refused(name: str, refused: list[Refused], tell: Callable[[Any], str]) -> None:
+    """One warning for each thing that was not applied."""
+    for one in refused:
+        warnings.warn(f"{name}: {tell(one.item)} is left as it is: {one.why}", JQuantWarning, stacklevel=4)
