@@ -63,7 +63,9 @@ if TYPE_CHECKING:
     from jquant.core.recipe import Recipe, parse_recipe
     from jquant.core.stats import Stats, merge
     from jquant.evaluate import Evaluation, evaluate, evaluate_all, windows
+    from jquant.fold.awq import awq
     from jquant.fold.rotate import rotate
+    from jquant.fold.smoothquant import smoothquant
     from jquant.quantize import quantize
     from jquant.solvers.gptq import gptq
     from jquant.solvers.hqq import hqq
@@ -87,7 +89,9 @@ _NAMES = {
     "core.recipe": "Recipe parse_recipe",
     "core.stats": "Stats merge",
     "evaluate": "Evaluation evaluate evaluate_all windows",
+    "fold.awq": "awq",
     "fold.rotate": "rotate",
+    "fold.smoothquant": "smoothquant",
     "quantize": "quantize",
     "solvers.gptq": "gptq",
     "solvers.hqq": "hqq",
