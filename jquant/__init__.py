@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from jquant.core.stats import Stats, merge
     from jquant.evaluate import Evaluation, evaluate, evaluate_all, windows
     from jquant.fold.awq import awq
+    from jquant.fold.found import FoldFound, Folds, find_folds
     from jquant.fold.rotate import rotate
     from jquant.fold.smoothquant import smoothquant
     from jquant.quantize import quantize
@@ -90,6 +91,7 @@ _NAMES = {
     "core.stats": "Stats merge",
     "evaluate": "Evaluation evaluate evaluate_all windows",
     "fold.awq": "awq",
+    "fold.found": "FoldFound Folds find_folds",
     "fold.rotate": "rotate",
     "fold.smoothquant": "smoothquant",
     "quantize": "quantize",

@@ -130,8 +130,8 @@ def mapped(x: jax.Array, axis: int, by: Any, transposed: bool) -> jax.Array:
     if by is None:
         return x
     rows = jnp.moveaxis(x, axis, -1)
-    wide = rows.astype(jnp.promote_types(x.dtype, by.dtype))
-    by = by.astype(wide.dtype)
+    dtype = jnp.float64 if jnp.float64 in (x.dtype, by.dtype) else jnp.float32
+    wide, by = rows.astype(dtype), by.astype(dtype)
     out = wide * by if by.ndim == 1 else jnp.matmul(wide, by.T if transposed else by)
     return jnp.moveaxis(out.astype(x.dtype), -1, axis)
 

@@ -68,14 +68,12 @@ class Found(NamedTuple):
     without: list[str]
 
 
-def find_groups(job: Folding, program: Program) -> Found:
-    """The groups of the leaves that will be quantized."""
+def find_groups(program: Program, sites: dict[str, list[Site]], paths: Iterable[str]) -> Found:
+    """The groups of the leaves at `paths`."""
     flow = find_scales(program.line, program.leaves)
-    args, kwargs = call_args(job.batches[0])
-    sites = find_sites(job.apply, job.params, *args, **kwargs).by_path()
     rows: list[tuple[Site, int, np.ndarray]] = []
     without = []
-    for path in job.formats:
+    for path in paths:
         mine = [r for r in _rows(flow, sites.get(path, [])) if r[2].any()]
         rows += mine
         if not mine and any(s.kind != "lookup" for s in sites.get(path, [])):
@@ -166,7 +164,9 @@ def scaled(
       budget: bytes of Gram matrices in memory at once; each time that many takes one pass over the batches.
     """
     program = read_program(job.apply, job.params, job.batches[0])
-    found = find_groups(job, program)
+    args, kwargs = call_args(job.batches[0])
+    sites = find_sites(job.apply, job.params, *args, **kwargs).by_path()
+    found = find_groups(program, sites, job.formats)
     if found.without:
         job.miss(name, f"nothing in front of {_some(found.without)} can take up a scale of its input; left as it is")
     chosen: list[tuple[Group, np.ndarray]] = []

@@ -225,7 +225,8 @@ def _applied(fold: Fold, path: str, leaf: Any) -> Any:
     if done is inner:
         return leaf
     if isinstance(done, PerUse):
-        maps = {k: None if (m := getattr(done, k)) is None else jnp.asarray(np.asarray(m), jnp.float32) for k in ("lookup", "product")}
+        dtype = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
+        maps = {k: None if (m := getattr(done, k)) is None else jnp.asarray(m, dtype) for k in ("lookup", "product")}
         return done.replace(value=leaf.value if is_per_use(leaf) else leaf, **maps)
     return jnp.asarray(np.asarray(done), leaf.dtype)
 

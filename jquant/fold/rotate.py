@@ -76,7 +76,7 @@ def _fold_gains(job: Folding) -> Any:
     """Moves the gains of norms into the weights that read them."""
     program = read_program(job.apply, job.params, job.batches[0])
     flow = find_scales(program.line, program.leaves)
-    gains, refused = _gains(program, flow)
+    gains, refused = find_gains(program, flow)
 
     def make(chosen: list[_Gain]) -> Fold:
         scale = np.ones(len(flow.labels.root))
@@ -91,7 +91,7 @@ def _fold_gains(job: Folding) -> Any:
     return apply_fold(make(good), job.params) if good else job.params
 
 
-def _gains(program: Program, flow: Flow) -> tuple[list[_Gain], list[tuple[str, str]]]:
+def find_gains(program: Program, flow: Flow) -> tuple[list[_Gain], list[tuple[str, str]]]:
     """Leaves that scale channels which only weights contract."""
     read = np.zeros(len(flow.labels.root), bool)
     for array in flow.ins.values():
@@ -103,7 +103,9 @@ def _gains(program: Program, flow: Flow) -> tuple[list[_Gain], list[tuple[str, s
             continue
         a, b = flow.affine.get(role.path, (1.0, 0.0))
         classes = flow.labels.find(flow.outs[role])
-        values = np.broadcast_to(np.asarray(program.leaves[role.path], np.float64) * a + b, classes.shape)
+        leaf = program.leaves[role.path]
+        leaf = np.asarray(leaf, np.float64) if hasattr(leaf, "__array__") else np.full(leaf.shape, 2.0)
+        values = np.broadcast_to(leaf * a + b, classes.shape)
         alive = read[classes]
         if not alive.any() or (values == values.ravel()[0]).all() and values.ravel()[0] == 1:
             continue

@@ -31,8 +31,10 @@ class _Rotations(Flow):
         if not hasattr(leaf, "__array__"):
             return None
         values = np.asarray(kept.apply_cuts(leaf, ref.value.cuts))
-        first = values.ravel()[:1]
-        return float(first[0]) if values.size and bool((values == first).all()) else None
+        if not values.size:
+            return None
+        first = float(values.ravel()[0])  # g * (1 / g) may be a bit off 1 in float64
+        return first if bool((np.abs(values - first) <= 1e-15 * abs(first)).all()) else None
 
 
 def _flow(line: Line, leaves: dict[str, Any]) -> _Rotations:
@@ -136,7 +138,8 @@ def _summed(flow: Flow, eqn: Any, infos: list[Info], shapes: Shapes) -> list[Inf
         return [bare]
     if along and _same_marks(flow, x.labels, axes):
         _needs_ones(flow, x.labels)
-        flow.labels.note(x.labels, flow.place(x.labels, [d for d in range(x.labels.ndim) if d not in axes]), -flow.here)
+        outer = [d for d in range(x.labels.ndim) if d not in axes]
+        flow.labels.note(x.labels, flow.place(x.labels, outer), flow.here + (1 << 40))
         return [bare]
     return [Info(flow.unify(x.labels, axes).squeeze(tuple(axes)), vary)]
 

@@ -127,6 +127,8 @@ def _bind(eqn: Any, values: list[Any]) -> list[Any]:
         return _body(compat.sub_jaxprs(eqn)[0], values)
     if name == "reduce_precision":
         return values
+    if name in _NARROW:
+        return [_widen(o) for o in compat.bind(eqn, *[_narrow(v, x.aval) for v, x in zip(values, eqn.invars, strict=True)])]
     params = dict(eqn.params)
     for key in _DTYPES:
         if params.get(key) is not None and jnp.issubdtype(params[key], jnp.floating):
@@ -158,6 +160,14 @@ def _while(eqn: Any, values: list[Any]) -> list[Any]:
 def _cond(eqn: Any, values: list[Any]) -> list[Any]:
     branches = [lambda ops, b=compat.closed(b): _body(b, ops) for b in eqn.params["branches"]]
     return jax.lax.switch(jnp.asarray(values[0], jnp.int32), branches, values[1:])
+
+
+# What runs code that was written for its dtypes.
+_NARROW = frozenset(("pure_callback", "io_callback", "debug_callback", "pallas_call", "ffi_call", "bitcast_convert_type"))
+
+
+def _narrow(value: Any, aval: Any) -> Any:
+    return value.astype(aval.dtype) if jnp.issubdtype(aval.dtype, jnp.floating) else value
 
 
 _LOOPS: dict[str, Callable[[Any, list[Any]], list[Any]]] = {"scan": _scan, "while": _while, "cond": _cond}

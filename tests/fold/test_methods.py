@@ -1,0 +1,125 @@
+"""Folds in `quantize`: from the float model to codes, in every model."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jquant as jq
+from jquant.core.per_use import is_per_use
+from tests.fold.models import BANK, MODELS
+
+INT4 = jq.parse_format("int4-g5-asym")
+CHAINS = [jq.chain(jq.rotate(), jq.gptq()), jq.awq(grid=3), jq.chain(jq.smoothquant(), jq.rtn())]
+
+
+def _relative(model, qparams):
+    want = model.apply(model.params, *model.args)
+    got = jax.jit(jq.quantized(model.apply))(qparams, *model.args)
+    return float(jnp.linalg.norm(want - got) / jnp.linalg.norm(want))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS, ids=repr)
+@pytest.mark.parametrize("method", CHAINS, ids=lambda m: m.name)
+def test_quantize(model, method):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", jq.JQuantWarning)
+        eight = jq.quantize(model.apply, model.params, jq.INT8, method, [model.args])
+        four = jq.quantize(model.apply, model.params, INT4, method, [model.args])
+    sites = jq.find_sites(model.apply, model.params, *model.args).by_path()
+    quantizable = sum(any(s.quantizable for s in of) for of in sites.values())
+    leaves = jax.tree.leaves(four, is_leaf=jq.is_qtensor)
+    assert sum(map(jq.is_qtensor, leaves)) == quantizable
+    assert _relative(model, eight) < 0.03 and _relative(model, four) < 0.5
+
+
+def test_a_hidden_norm_is_quantized_and_said():
+    model = BANK["hidden_norm"]
+    with pytest.warns(jq.JQuantWarning, match="awq: nothing in front of up, gate can take up"):
+        q = jq.quantize(model.apply, model.params, INT4, jq.awq(grid=2, clip=False).__class__(*jq.chain(jq.awq(grid=2, clip=False), jq.rtn())), [model.args])
+    assert all(map(jq.is_qtensor, [q["up"], q["gate"], q["down"]]))
+    with pytest.warns(jq.JQuantWarning, match="rotate: no residual stream"):
+        q = jq.quantize(model.apply, model.params, INT4, jq.chain(jq.rotate(), jq.rtn()), [model.args])
+    assert jq.is_qtensor(q["up"])
+
+
+def test_outliers_are_spread():
+    """What rotations are for: a channel of the stream a hundred times the others ruins round to nearest, no more."""
+    model = BANK["fused"]
+    big = model.params["embed"].copy()
+    big[:, 3] *= 100
+    outlier = model._replace(params={**model.params, "embed": big})
+    recipe = {"head": jq.parse_format("int4"), "*": None}
+    head = outlier.params["head"].copy()
+    head[3] /= 100
+    head[4] *= 30
+    outlier = outlier._replace(params={**outlier.params, "head": head})
+    errors = {
+        name: _relative(outlier, jq.quantize(outlier.apply, outlier.params, recipe, method, [outlier.args]))
+        for name, method in {"rtn": jq.rtn(), "rotate": jq.chain(jq.rotate(), jq.rtn())}.items()
+    }
+    assert errors["rotate"] < 0.7 * errors["rtn"], errors
+
+
+def test_a_rotation_alone_chooses_no_codes():
+    model = BANK["fused"]
+    with pytest.raises(jq.JQuantError, match=r"rotate\(\) chooses no codes; chain it"):
+        jq.quantize(model.apply, model.params, INT4, jq.rotate(), [model.args])
+
+
+def test_same_seed_same_bits():
+    model = BANK["scanned"]
+    runs = [
+        jax.tree.leaves(jq.quantize(model.apply, model.params, INT4, jq.chain(jq.rotate(seed), jq.rtn()), [model.args]))
+        for seed in (1, 1, 2)
+    ]
+    same = [all(np.array_equal(a, b) for a, b in zip(runs[0], other, strict=True)) for other in runs[1:]]
+    assert same == [True, False]
+
+
+def test_a_tied_table_that_was_rotated_is_a_leaf_like_others(tmp_path):
+    """find_sites, calibrate, quantize, dequantize, evaluate, save and load take it; a bare call says what to write."""
+    model = BANK["scanned"]
+    recipe = {"embed": None, "*": INT4}
+    q = jq.quantize(model.apply, model.params, recipe, jq.chain(jq.rotate(), jq.rtn()), [model.args])
+    assert is_per_use(q["embed"]) and q["embed"].value is not None
+    n = q["embed"].shape[-1]
+    assert q["embed"].nbytes == q["embed"].value.nbytes + 2 * 4 * n * n
+    assert repr(jq.find_sites(model.apply, q, *model.args)) == repr(
+        jq.find_sites(model.apply, model.params, *model.args)
+    )
+    stats = jq.calibrate(model.apply, q, [model.args])
+    assert stats["embed"].gram.shape == (n, n)
+    then = jq.quantize(model.apply, q, jq.INT8, jq.gptq(), [model.args])
+    assert is_per_use(then["embed"]) and jq.is_qtensor(then["embed"].value) and then["layers"]["o"] is q["layers"]["o"]
+    floats = jq.dequantize(then)
+    run = jax.jit(jq.quantized(model.apply))
+    np.testing.assert_allclose(run(then, *model.args), run(floats, *model.args), atol=1e-4)
+    jq.save(tmp_path / "saved", then)
+    back = jq.load(tmp_path / "saved")
+    np.testing.assert_array_equal(run(back, *model.args), run(then, *model.args))
+    assert jq.evaluate(model.apply, model.params, then, list(model.args)).bytes == sum(
+        a.nbytes for a in jax.tree.leaves(then)
+    )
+    with pytest.raises(jq.JQuantError, match=r"run the function as jquant.quantized\(apply\)"):
+        model.apply(q, *model.args)
+    grad = jax.grad(lambda e: run({**q, "embed": e}, *model.args).sum())(q["embed"])
+    assert np.isfinite(grad.value).all() and np.abs(grad.value).max() > 0
+
+
+def test_bfloat16_parameters_stay_so():
+    model = BANK["fused"]
+    half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), model.params)
+    q = jq.quantize(model.apply, half, {"head": jq.INT8, "*": None}, jq.chain(jq.rotate(), jq.rtn()), [model.args])
+    assert all(a.dtype == jnp.bfloat16 for k, a in q.items() if k != "head") and q["head"].dtype == jnp.bfloat16
+    want, got = model.apply(half, *model.args), jq.quantized(model.apply)(q, *model.args)
+    assert float(jnp.linalg.norm(want - got) / jnp.linalg.norm(want)) < 0.05
+
+
+@pytest.mark.parametrize("make", [lambda: jq.awq(grid=0), lambda: jq.awq(max_shrink=1), lambda: jq.smoothquant(1.5)])
+def test_settings_are_checked(make):
+    with pytest.raises(ValueError, match="must be|needs"):
+        make()
