@@ -132,8 +132,8 @@ def describe(path: str, leaf: Any, arrays: Arrays) -> dict[str, Any]:
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and np.dtype(leaf.dtype).kind not in "OSUMm":
         return {"kind": "array", **arrays.add(leaf)}
     raise CheckpointError(
-        f"{path}: a {type(leaf).__name__} can't be saved; leaves are arrays, QTensors, PerUses, PRNG keys, and Python's bool, "
-        "int, float and str"
+        f"{path}: a {type(leaf).__name__} can't be saved; leaves are arrays, QTensors, PerUses, PRNG keys, and "
+        "Python's bool, int, float and str"
     )
 
 

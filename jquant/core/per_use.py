@@ -1,4 +1,4 @@
-"""`PerUse`: a leaf that is one array to lookups and another to products, each a small linear map away from what it holds.
+"""`PerUse`: a leaf that is one array to lookups and another to products, each by a small linear map of what it holds.
 
 A tied embedding stands at both ends of the residual stream. A rotation of the stream, and the last norm's gain, would
 need two different tables; this holds one, and what leads from it to the two.
@@ -111,7 +111,7 @@ def is_per_use(x: Any) -> bool:
 
 
 def is_node(x: Any) -> bool:
-    """True for the leaves of jquant that hold several arrays: the `is_leaf` of a `jax.tree.map` that takes them whole."""
+    """True for jquant's leaves that hold several arrays: the `is_leaf` of a `jax.tree.map` that takes them whole."""
     return isinstance(x, QTensor | PerUse)
 
 
@@ -134,5 +134,3 @@ def mapped(x: jax.Array, axis: int, by: Any, transposed: bool) -> jax.Array:
     wide, by = rows.astype(dtype), by.astype(dtype)
     out = wide * by if by.ndim == 1 else jnp.matmul(wide, by.T if transposed else by)
     return jnp.moveaxis(out.astype(x.dtype), -1, axis)
-
-

@@ -364,8 +364,8 @@ def encode_array(w: jax.Array, params: BlockParams, fmt: Format, contracted: Seq
 def dequantize(tree: Any) -> Any:
     """The float tree that a quantized tree stands for; leaves that are no QTensor are returned as they are.
 
-    A `PerUse` (a tied table that a rotation left in place) stays one, with a float array inside: no one array stands for
-    both of its uses, and `quantized` runs it.
+    A `PerUse` (a tied table that a rotation left in place) stays one, with a float array inside: no one array stands
+    for both of its uses, and `quantized` runs it.
     """
     return jax.tree.map(lambda x: x.dequantize() if is_qtensor(x) else x, tree, is_leaf=is_qtensor)
 

@@ -1,77 +1,28 @@
 """`Flow`: carries labels through a program (`trace.program.Line`), from the parameters that produce channels to those
 that contract them.
 
-What an operation means for labels is a table of rules, by primitive; `scales` and `rotations` each have one. This file
-holds what both share: rearrangements, and products with parameters. Whatever has no rule kills the labels that it reads.
+What an operation means for labels is a table of rules, by primitive; `scales` and `rotations` each have one, and share
+`rearrange`. This file holds the walk, and what reads of parameters mean. What has no rule
+kills the labels that it reads.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jquant.core.qtensor import is_qtensor
 from jquant.fold import arrays
+from jquant.fold.info import Info, Role, Rule, plain
 from jquant.fold.labels import Labels
+from jquant.fold.rearrange import REARRANGE
 from jquant.trace.program import Line, Sym
 from jquant.trace.sites import full_axes
 from jquant.trace.uses import Use, find_use
 from jquant.trace.view import Ref
 
-
-class Info(NamedTuple):
-    """What is known of a value.
-
-    Attributes:
-      labels: int64, of the value's rank; each dimension in full, or of length 1 where the labels don't depend on it.
-      vary: for each dimension whether the value may vary along it.
-      const: its value, where all entries are one number that is known.
-      param: `(path, a, b)` where it is a w + b of the leaf at `path`, rearranged, and nothing else.
-      square: it is the entrywise square of what has these labels.
-    """
-
-    labels: np.ndarray
-    vary: tuple[bool, ...]
-    const: float | None = None
-    param: tuple[str, float, float] | None = None
-    square: bool = False
-
-    @property
-    def zero(self) -> bool:
-        return self.const == 0
-
-
-class Role(NamedTuple):
-    """How a leaf is read. A table that is looked up and also multiplied has two."""
-
-    path: str
-    kind: str  # "dot", "ragged_dot", "lookup" or "read"
-
-
-class Fold(NamedTuple):
-    """A change of parameters.
-
-    Attributes:
-      flow: the labels of the parameters' channels.
-      diagonal: it scales channels, and mixes none.
-      change: `(array, classes that its entries produce, classes that they contract) -> array`, float64; classes have the
-        array's rank, and are None where there are none.
-    """
-
-    flow: "Flow"
-    diagonal: bool
-    change: Callable[[np.ndarray, np.ndarray | None, np.ndarray | None], np.ndarray]
-
-
-Rule = Callable[["Flow", Any, list[Info], tuple[tuple[int, ...], ...]], list[Info] | None]
 _LARGEST_READ = 2**22
-
-
-def plain(shape: tuple[int, ...]) -> Info:
-    """A value of which nothing is known."""
-    return Info(np.zeros((1,) * len(shape), np.int64), tuple(s > 1 for s in shape))
 
 
 class Flow:
@@ -164,8 +115,8 @@ class Flow:
 
     def _land(self, info: Info) -> None:
         assert info.param is not None
-        path, *line = info.param
-        if self.affine.setdefault(path, tuple(line)) != tuple(line):
+        path, a, b = info.param
+        if self.affine.setdefault(path, (a, b)) != (a, b):
             self.fixed.add(path)
 
     def _kill_fixed(self) -> None:
@@ -318,146 +269,3 @@ def _stack(flow: Flow, instr: Any, shapes: Any) -> list[Info]:
 
 
 _OWN = {"row": _row, "array": _array, "stack": _stack}
-
-
-# --- rearrangements: (flow, equation, what is known of the operands, shapes of the outputs) -> the same of the outputs ---
-
-
-def _same(flow: Flow, eqn: Any, infos: list[Info], shapes: Any) -> list[Info] | None:
-    new = eqn.params.get("new_dtype")
-    if new is not None and not jnp.issubdtype(new, jnp.floating):
-        return None if infos[0].labels.any() else [infos[0]]
-    return list(infos[: len(shapes)])
-
-
-def _reshape(flow: Flow, eqn: Any, infos: list[Info], shapes: Any) -> list[Info] | None:
-    if eqn.params.get("dimensions") is not None:
-        return None
-    info, a, b = infos[0], eqn.invars[0].aval.shape, shapes[0]
-    return [info._replace(labels=arrays.reshape(info.labels, a, b), vary=arrays.reshape_flags(info.vary, a, b))]
-
-
-def _transpose(flow: Flow, eqn: Any, infos: list[Info], shapes: Any) -> list[Info]:
-    p, info = eqn.params["permutation"], infos[0]
-    return [info._replace(labels=info.labels.transpose(p), vary=tuple(info.vary[i] for i in p))]
-
-
-def _broadcast(flow: Flow, eqn: Any, infos: list[Info], shapes: Any) -> list[Info]:
-    info, where, out = infos[0], eqn.params["broadcast_dimensions"], len(shapes[0])
-    sizes, vary = [1] * out, [False] * out
-    for source, target in enumerate(where):
-        sizes[target], vary[target] = info.labels.shape[source], info.vary[source]
-    return [info._replace(labels=info.labels.reshape(sizes), vary=tuple(vary))]
-
-
-def _squeeze(flow: Flow, eqn: Any, infos: list[Info], shapes: Any) -> list[Info]:
-    gone, info = eqn.params["dimensions"], infos[0]
-    vary = tuple(v for d, v in enumerate(info.vary) if d not in gone)
-    return [info._replace(labels=info.labels.squeeze(tuple(gone)), vary=vary)]
-
-
-def _take(flow: Flow, info: Info, index: list[slice]) -> Info:
-    """A part of a value. That a part of the labels was taken is noted: they don't go on together with the rest."""
-    at = tuple(s if n > 1 else slice(None) for s, n in zip(index, info.labels.shape, strict=True))
-    part = info.labels[at]
-    if part.shape != info.labels.shape:
-        flow.labels.note(part, np.ones((1,) * part.ndim, np.int64), flow.here)
-    return info._replace(labels=part)
-
-
-def _slice(flow: Flow, eqn: Any, infos: list[Info], shapes: Any) -> list[Info]:
-    p = eqn.params
-    steps = p["strides"] or (1,) * len(p["start_indices"])
-    index = [slice(*s) for s in zip(p["start_indices"], p["limit_indices"], steps, strict=True)]
-    return [_take(flow, infos[0], index)]
-
-
-def _split(flow: Flow, eqn: Any, infos: list[Info], shapes: Any) -> list[Info]:
-    axis, start, out = eqn.params["axis"], 0, []
-    for shape in shapes:
-        index = [slice(None)] * len(shape)
-        index[axis] = slice(start, start + shape[axis])
-        before, flow.here = flow.here, flow.here + (start + 1 << 32)
-        out.append(_take(flow, infos[0], index))
-        flow.here, start = before, start + shape[axis]
-    return out
-
-
-def _dynamic_slice(flow: Flow, eqn: Any, infos: list[Info], shapes: Any) -> list[Info] | None:
-    cut = [a != b for a, b in zip(eqn.invars[0].aval.shape, shapes[0], strict=True)]
-    if any(c and n > 1 for c, n in zip(cut, infos[0].labels.shape, strict=True)) or any(i.labels.any() for i in infos[1:]):
-        return None
-    return [infos[0]]
-
-
-def _concatenate(flow: Flow, eqn: Any, infos: list[Info], shapes: Any) -> list[Info]:
-    axis, sizes = eqn.params["dimension"], [v.aval.shape for v in eqn.invars]
-    full = list(np.broadcast_shapes(*([n if d != axis else 1 for d, n in enumerate(i.labels.shape)] for i in infos)))
-    parts = [np.broadcast_to(i.labels, [*full[:axis], s[axis], *full[axis + 1 :]]) for i, s in zip(infos, sizes, strict=True)]
-    vary = [any(v) for v in zip(*(i.vary for i in infos), strict=True)]
-    vary[axis] = True
-    if not any(i.labels.any() for i in infos):
-        return [plain(shapes[0])._replace(vary=tuple(vary))]
-    return [Info(np.concatenate(parts, axis), tuple(vary), square=any(i.square for i in infos))]
-
-
-def _rev(flow: Flow, eqn: Any, infos: list[Info], shapes: Any) -> list[Info]:
-    dims = [d for d in eqn.params["dimensions"] if infos[0].labels.shape[d] > 1]
-    return [infos[0]._replace(labels=np.flip(infos[0].labels, dims))]
-
-
-def _gather(flow: Flow, eqn: Any, infos: list[Info], shapes: Any) -> list[Info] | None:
-    """A lookup in a value, along dimensions on which its labels don't depend."""
-    info, numbers, sizes = infos[0], eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    moved = set(numbers.start_index_map) | set(numbers.collapsed_slice_dims)
-    whole = all(s == n or d in moved for d, (s, n) in enumerate(zip(sizes, eqn.invars[0].aval.shape, strict=True)))
-    if not whole or numbers.operand_batching_dims or any(info.labels.shape[d] > 1 for d in moved) or infos[1].labels.any():
-        return None
-    kept = [d for d in range(len(sizes)) if d not in numbers.collapsed_slice_dims]
-    shape, vary = [1] * len(shapes[0]), [n > 1 for n in shapes[0]]
-    for source, target in zip(kept, numbers.offset_dims, strict=True):
-        shape[target], vary[target] = info.labels.shape[source], info.vary[source]
-    return [Info(info.labels.reshape(shape), tuple(vary), square=info.square)]
-
-
-REARRANGE: dict[str, Rule] = {
-    **dict.fromkeys(("convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint"), _same),
-    **dict.fromkeys(("name", "reduce_precision", "optimization_barrier"), _same),
-    "reshape": _reshape,
-    "transpose": _transpose,
-    "broadcast_in_dim": _broadcast,
-    "squeeze": _squeeze,
-    "slice": _slice,
-    "split": _split,
-    "dynamic_slice": _dynamic_slice,
-    "concatenate": _concatenate,
-    "rev": _rev,
-    "gather": _gather,
-}
-
-
-def aligned(infos: list[Info], ndim: int) -> list[Info]:
-    """Operands of an entrywise operation, scalars as values of its rank."""
-    out = []
-    for i in infos:
-        if i.labels.ndim == ndim:
-            out.append(i)
-        else:
-            out.append(i._replace(labels=i.labels.reshape((1,) * ndim), vary=(False,) * ndim))
-    return out
-
-
-def varies(infos: list[Info]) -> tuple[bool, ...]:
-    """The dimensions along which an entrywise operation's result varies."""
-    return tuple(any(v) for v in zip(*(i.vary for i in infos), strict=True))
-
-
-def together(infos: list[Info]) -> np.ndarray:
-    """The labels of an entrywise result of operands of which one has labels, or whose labels are one by now."""
-    shape = np.broadcast_shapes(*(i.labels.shape for i in infos))
-    out = np.zeros(shape, np.int64)
-    for i in infos:
-        out = np.where(out == 0, i.labels, out)
-    return out
-
-

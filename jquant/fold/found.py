@@ -73,7 +73,11 @@ def find_folds(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
       Folds: scales, rotations, and under "none" the leaves whose input nothing can scale.
     """
     batch = (*args,) if not kwargs else None
-    program = read_program(apply, params, batch) if batch is not None else read_program(_keywords(apply, args), params, kwargs)
+    program = (
+        read_program(apply, params, batch)
+        if batch is not None
+        else read_program(_keywords(apply, args), params, kwargs)
+    )
     sites = find_sites(apply, params, *args, **kwargs).by_path()
     paths = [p for p, s in sites.items() if any(x.quantizable and x.kind != "lookup" for x in s)]
     found = find_groups(program, sites, paths)

@@ -14,7 +14,8 @@ from jquant.core.method import Folding
 from jquant.core.per_use import held
 from jquant.core.qtensor import to_rows
 from jquant.core.stats import Stats
-from jquant.fold.flow import Flow, Fold
+from jquant.fold.flow import Flow
+from jquant.fold.info import Fold
 from jquant.fold.program import Program, apply_fold, prove, read_program, warn_refused
 from jquant.fold.scales import find_scales, scaling
 from jquant.trace.function import call_args
@@ -98,7 +99,9 @@ def _rows(flow: Flow, sites: list[Site]) -> Iterator[tuple[Site, int, np.ndarray
         if site is None or site.contracted != flow.contracted[role]:
             continue
         shape = [site.shape[a] if a in (*site.contracted, *site.batch) else 1 for a in range(-len(site.shape), 0)]
-        classes = np.broadcast_to(flow.labels.find(np.maximum(array, 0)), np.broadcast_shapes(array.shape, tuple(shape)))
+        classes = np.broadcast_to(
+            flow.labels.find(np.maximum(array, 0)), np.broadcast_shapes(array.shape, tuple(shape))
+        )
         if list(classes.shape) != shape:
             continue
         for i, row in enumerate(_matrices(classes, site)[:, 0]):

@@ -7,7 +7,7 @@ def hadamard(n: int) -> np.ndarray | None:
     """A Hadamard matrix of order n, entries 1 and -1, float64 `[n, n]`; None where these constructions give none.
 
     Sylvester's doubling of Paley's first and second construction (J. Math. Phys. 12, 1933), which reach every
-    multiple of 4 up to 88 and 576 = 16 x 36 (or 64 x 9: the Kronecker product of Hadamard matrices is one).
+    multiple of 4 up to 88 but 52, and 576 = 16 x 36 (or 64 x 9: the Kronecker product of Hadamard matrices is one).
     """
     if n in (1, 2):
         return np.array([[1.0]]) if n == 1 else np.array([[1.0, 1.0], [1.0, -1.0]])

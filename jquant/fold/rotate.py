@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jquant.core.method import Folding, Method
-from jquant.fold.flow import Flow, Fold, Role
+from jquant.fold.flow import Flow
 from jquant.fold.hadamard import random_rotation
+from jquant.fold.info import Fold, Role
 from jquant.fold.program import Program, apply_fold, prove, read_program, warn_refused
 from jquant.fold.rotations import Block, find_rotations, rotate_array
 from jquant.fold.scales import find_scales, scaling

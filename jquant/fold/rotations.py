@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jquant.core import kept
-from jquant.fold.flow import Flow, Info, Role, Rule, aligned, together, varies
+from jquant.fold.flow import Flow
+from jquant.fold.info import Info, Role, Rule, aligned, together, varies
 from jquant.fold.scales import Shapes, contracted_product
 from jquant.trace.program import Line
 from jquant.trace.view import Ref
@@ -156,7 +157,12 @@ def _same_marks(flow: Flow, labels: np.ndarray, axes: Any) -> bool:
 def _selected(flow: Flow, eqn: Any, infos: list[Info], shapes: Shapes) -> list[Info] | None:
     which, *cases = aligned(infos, len(shapes[0]))
     labelled = [i for i in cases if i.labels.any()]
-    if which.labels.any() or any(i.square for i in cases) or any(not i.zero and not i.labels.any() for i in cases) and labelled:
+    if (
+        which.labels.any()
+        or any(i.square for i in cases)
+        or any(not i.zero and not i.labels.any() for i in cases)
+        and labelled
+    ):
         return None
     for a, b in zip(labelled, labelled[1:], strict=False):
         flow.labels.union(a.labels, b.labels)
@@ -227,8 +233,8 @@ def find_rotations(line: Line, leaves: dict[str, Any]) -> Rotations:
     member = np.zeros(len(labels.root), np.int64)  # the number of each class's block
     for number, group in enumerate(groups, 1):
         member[group] = number
-    read = {number: [] for number in range(len(groups) + 1)}
-    made = {number: [] for number in range(len(groups) + 1)}
+    read: dict[int, list[str]] = {number: [] for number in range(len(groups) + 1)}
+    made: dict[int, list[str]] = {number: [] for number in range(len(groups) + 1)}
     for table, found in ((made, flow.outs), (read, flow.ins)):
         for role, array in found.items():
             for number in np.unique(member[labels.find(np.maximum(array, 0))]):
@@ -247,7 +253,7 @@ def _note_places(flow: Flow) -> None:
     """Parts what is not produced, or contracted, together: channels of another leaf, or of another slice of a stack."""
     where = 1 << 60
     for table in (flow.outs, flow.ins):
-        for role, array in table.items():
+        for array in table.values():
             where += 1
             flow.labels.note(np.maximum(array, 0), np.ones((1,) * array.ndim, np.int64), where)
 
@@ -276,7 +282,9 @@ def rotate_array(
     kept_axes = [d for d in range(a.ndim) if d not in axes]
     moved = a.transpose([*kept_axes, *axes])
     flat = moved.reshape(*moved.shape[: len(kept_axes)], -1).copy()
-    channels, member = (np.broadcast_to(x, [a.shape[d] if d in axes else 1 for d in range(a.ndim)]) for x in (classes, member))
+    channels, member = (
+        np.broadcast_to(x, [a.shape[d] if d in axes else 1 for d in range(a.ndim)]) for x in (classes, member)
+    )
     channels, member = (x.transpose([*kept_axes, *axes]).ravel() for x in (channels, member))
     for i in np.unique(member[member > 0]):
         at = np.flatnonzero(member == i)

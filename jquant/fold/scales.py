@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jquant.fold.flow import Flow, Fold, Info, Rule, aligned, together, varies
+from jquant.fold.flow import Flow
+from jquant.fold.info import Fold, Info, Rule, aligned, together, varies
 from jquant.trace.program import Line
 
 Shapes = tuple[tuple[int, ...], ...]

@@ -9,15 +9,15 @@ from jquant.core.formats import compute_params, decode, encode
 from jquant.core.method import Folding, Method
 from jquant.fold.groups import Group, Inputs, for_inputs, per_channel, scaled
 
-_ALPHAS = tuple(i / 20 for i in range(0, 20))
+_ALPHAS = tuple(i / 20 for i in range(20))
 
 
 def smoothquant(alpha: float | None = 0.5, *, everywhere: bool = False, activation_bits: int = 8) -> Method:
     """SmoothQuant (arXiv 2211.10438): X diag(1/s) and diag(s) W, with s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
 
     For formats that round activations too: outliers of a few channels set the scale of a whole token. s is taken up by
-    the gain of the norm in front (with its bias, and for all of its readers), exactly. Chooses no codes: chain it, as in
-    `chain(smoothquant(0.8), rtn())`. Needs calibration data.
+    the gain of the norm in front (with its bias, and for all of its readers), exactly. Chooses no codes: chain it, as
+    in `chain(smoothquant(0.8), rtn())`. Needs calibration data.
 
     Args:
       alpha: the paper's migration strength; None searches it for each input, by an estimate of the error of both
@@ -68,6 +68,7 @@ def _loss(group: Group, matrices: list[Inputs], s: np.ndarray, bits: int) -> flo
         rows = own.weight * jnp.asarray(by, jnp.float32)
         params = compute_params(rows, own.format)
         e = (decode(encode(rows, params, own.format), params, own.format) - rows) / jnp.asarray(by, jnp.float32)
+        assert own.stats.gram is not None
         of_weights = float(jnp.sum((e @ own.stats.gram) * e))
         step = float(np.max(np.asarray(own.stats.absmax) / by)) / (2 ** (bits - 1) - 0.5)
         total += of_weights + float(own.stats.tokens) * step**2 / 12 * float(jnp.sum(rows**2))

@@ -7,6 +7,7 @@ so that a large model is never in memory in float64.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,7 +54,9 @@ def cut_leaf(leaf: Any, cuts: Sequence[tuple[int, ...]]) -> Any:
     """A leaf, cut; floats in float64."""
     inner = kept.apply_cuts(held(leaf), tuple(cuts))
     inner = inner.dequantize() if hasattr(inner, "dequantize") else inner
-    maps = {k: np.asarray(getattr(leaf, k), np.float64) for k in ("lookup", "product") if getattr(leaf, k, None) is not None}
+    maps = {
+        k: np.asarray(getattr(leaf, k), np.float64) for k in ("lookup", "product") if getattr(leaf, k, None) is not None
+    }
     a = np.asarray(inner)
     a = a.astype(np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
     return leaf.replace(value=a, **maps) if isinstance(leaf, PerUse) else a
@@ -128,7 +131,9 @@ def _bind(eqn: Any, values: list[Any]) -> list[Any]:
     if name == "reduce_precision":
         return values
     if name in _NARROW:
-        return [_widen(o) for o in compat.bind(eqn, *[_narrow(v, x.aval) for v, x in zip(values, eqn.invars, strict=True)])]
+        return [
+            _widen(o) for o in compat.bind(eqn, *[_narrow(v, x.aval) for v, x in zip(values, eqn.invars, strict=True)])
+        ]
     params = dict(eqn.params)
     for key in _DTYPES:
         if params.get(key) is not None and jnp.issubdtype(params[key], jnp.floating):
@@ -158,12 +163,14 @@ def _while(eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def _cond(eqn: Any, values: list[Any]) -> list[Any]:
-    branches = [lambda ops, b=compat.closed(b): _body(b, ops) for b in eqn.params["branches"]]
+    branches = [partial(_body, compat.closed(b)) for b in eqn.params["branches"]]
     return jax.lax.switch(jnp.asarray(values[0], jnp.int32), branches, values[1:])
 
 
 # What runs code that was written for its dtypes.
-_NARROW = frozenset(("pure_callback", "io_callback", "debug_callback", "pallas_call", "ffi_call", "bitcast_convert_type"))
+_NARROW = frozenset(
+    ("pure_callback", "io_callback", "debug_callback", "pallas_call", "ffi_call", "bitcast_convert_type")
+)
 
 
 def _narrow(value: Any, aval: Any) -> Any:

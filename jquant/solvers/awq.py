@@ -1,7 +1,7 @@
 """AWQ's two searches (arXiv 2306.00978), as arrays: the scales of the input channels, and the clipping of the blocks.
 
-The paper's letters: W `[m, n]` the weight, s `[n]` the scales, Q(.) rounding to nearest. H `[n, n]` is the Gram matrix of
-the inputs, with which the squared error of the outputs is tr(E H E^T).
+The paper's letters: W `[m, n]` the weight, s `[n]` the scales, Q(.) rounding to nearest. H `[n, n]` is the Gram matrix
+of the inputs, with which the squared error of the outputs is tr(E H E^T).
 """
 
 from functools import partial
@@ -138,7 +138,7 @@ def clip_solver(factors: tuple[float, ...]):
             h = stats.gram.astype(jnp.float32)
             mean = jnp.mean(jnp.diagonal(h, axis1=-2, axis2=-1), axis=-1)[:, None, None]
             h = h / jnp.where(mean > 0, mean, 1)
-            params = lax.map(lambda xs: clip_search(*xs, fmt, factors), (rows, h))
+            params = lax.map(lambda xs: clip_search(xs[0], xs[1], fmt, factors), (rows, h))
         codes = jax.vmap(lambda r, p: encode(r, p, fmt))(rows, params)
         return state._replace(params=params, codes=codes)
 

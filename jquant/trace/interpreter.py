@@ -110,7 +110,7 @@ def step(eqn: compat.JaxprEqn, args: list[Any], reader: Reader, frame: Frame) ->
 
 
 def use_held(use: Use, reader: Reader, frame: Frame) -> list[Any]:
-    """A use of a leaf; of a PerUse, its map is applied to what goes in or comes out, and the reader sees what it holds."""
+    """A use of a leaf; of a PerUse, its map acts on what goes in or comes out, and the reader sees what it holds."""
     ref, leaf = use.ref, use.ref.value
     if not is_per_use(leaf):
         return reader.use(use, frame)
@@ -119,7 +119,9 @@ def use_held(use: Use, reader: Reader, frame: Frame) -> list[Any]:
         [rows] = reader.use(use._replace(args=tuple(args)), frame)
         return [mapped(rows, lookup_axis(use), leaf.lookup, False)]
     if (axis := product_axis(use)) is None:
-        raise TraceError(f"{ref.path}: was folded for products along one axis; {use.eqn.primitive.name} contracts others")
+        raise TraceError(
+            f"{ref.path}: was folded for products along one axis; {use.eqn.primitive.name} contracts others"
+        )
     args[1 - use.which] = mapped(args[1 - use.which], axis, leaf.product, True)
     return reader.use(use._replace(args=tuple(args)), frame)
 

@@ -201,7 +201,8 @@ MODELS = [
             "gain": (D,), "router": (D, E), "gate": (E, D, F), "up": (E, D, F), "down": (E, F, D), "back": (D, D),
             "last_gain": (D,), "head": (D, V),
         }),
-        (X,), (frozenset({"router", "gate", "up"}), *[frozenset({"down"})] * E, frozenset({"back"}), frozenset({"head"})),
+        (X,),
+        (frozenset({"router", "gate", "up"}), *[frozenset({"down"})] * E, frozenset({"back"}), frozenset({"head"})),
         # the experts' mixture, between `down` and `back`; the stream comes in from outside
         (D,),
     ),

@@ -35,7 +35,12 @@ def test_a_decoder_has_all_of_them(name):
     readers = collections.Counter(frozenset(p.removeprefix("layers/") for p in f.readers) for f in folds.of("scale"))
     want = {frozenset({"embed/embedding" if config.tied else "lm_head/kernel"})}
     for i in range(config.num_layers):
-        for group in (("attention/q", "attention/k", "attention/v"), ("attention/o",), ("mlp/gate", "mlp/up"), ("mlp/down",)):
+        for group in (
+            ("attention/q", "attention/k", "attention/v"),
+            ("attention/o",),
+            ("mlp/gate", "mlp/up"),
+            ("mlp/down",),
+        ):
             want.add(frozenset(f"{i}/{n}/kernel" for n in group))
     assert readers == collections.Counter(want) and folds.of("none") == []
     by_size = collections.Counter(f.channels for f in folds.of("rotation"))
