@@ -49,9 +49,17 @@ methods say how, '+' composes them from left to right:
   gptq-search      gptq with rtn-search's clipping
   hqq              moves zero points for the least sum of |error|^0.7; needs no
                    data, but a format like int4-g64-asym-zbf16
+  awq              makes salient channels larger, clips blocks by output error
+in front of one of these, to change the model before it is rounded, exactly:
+  rotate           spreads outliers by random Hadamard matrices; needs no data
+  awq-scales       awq's channels without its clipping and rounding
+  smoothquant      moves outliers of activations into the weights (alpha 0.8);
+  smoothquant-search  the same, alpha searched for each input
 
 examples:
   jquant quantize demo --recipe int4-g64 --method gptq --out smollm2-int4
+  jquant quantize demo --recipe int4-g64 --method rotate+gptq-act-order \\
+      --out smollm2-rotated
   jquant quantize ./Qwen3-0.6B --recipe int4-g128 --method gptq-act-order \\
       --calibration text.txt --out qwen3-int4
   jquant quantize model.gguf --recipe int3-g64-asym --method rtn-search+gptq \\

@@ -32,6 +32,11 @@ METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
     "gptq": lambda settings: jq.gptq(**settings),
     "gptq-act-order": lambda settings: jq.gptq(**{**settings, "act_order": True}),
     "gptq-search": lambda settings: jq.gptq(**settings, search=True),
+    "awq": lambda settings: jq.awq(),
+    "awq-scales": lambda settings: jq.awq(clip=False),
+    "smoothquant": lambda settings: jq.smoothquant(0.8),
+    "smoothquant-search": lambda settings: jq.smoothquant(None),
+    "rotate": lambda settings: jq.rotate(),
 }
 
 
@@ -97,7 +102,7 @@ def _check_paths(args: Namespace) -> None:
 def wants_data(method: Method, recipe: Recipe) -> bool:
     """Whether a calibration text is needed: by the method, or for the static range of an input."""
     activations = [split_policy(rule)[1] for _, rule in recipe.rules if rule is not None]
-    return bool(method.needs) or any(a is not None and a.static for a in activations)
+    return method.needs_data or any(a is not None and a.static for a in activations)
 
 
 def _calibration_file(args: Namespace, method: Method, wanted: bool) -> str | None:

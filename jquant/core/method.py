@@ -63,13 +63,20 @@ class Method(NamedTuple):
       solve: what it does to one weight: `(rounding, stats, format) -> rounding`, pure and jit-able, batched over the
         leading axis, or None.
       folds: what it does to the model before rounding, in order: `Folding -> params`, the same function of the inputs.
-      needs: the statistics that it reads: a subset of {"gram", "absmax", "mean_abs"}; empty for data-free methods.
+      fold_needs: the statistics that its folds read, likewise; a rotation reads none.
+      needs: the statistics that `solve` reads: a subset of {"gram", "absmax", "mean_abs"}; empty for data-free methods.
     """
 
     name: str
     solve: Solver | None
     needs: frozenset[str] = frozenset()
     folds: tuple[Fold, ...] = ()
+    fold_needs: frozenset[str] = frozenset()
+
+    @property
+    def needs_data(self) -> bool:
+        """It looks at calibration data; without, a batch of shapes is enough."""
+        return bool(self.needs or self.fold_needs)
 
 
 def chain(*methods: Method) -> Method:
@@ -89,4 +96,5 @@ def chain(*methods: Method) -> Method:
 
     folds = tuple(f for m in methods for f in m.folds)
     name = " + ".join(m.name for m in methods)
-    return Method(name, solve if solvers else None, frozenset().union(*(m.needs for m in methods)), folds)
+    needs, fold_needs = (frozenset().union(*(getattr(m, k) for m in methods)) for k in ("needs", "fold_needs"))
+    return Method(name, solve if solvers else None, needs, folds, fold_needs)

@@ -16,9 +16,9 @@ def awq(*, grid: int = 20, clip: bool = True, max_shrink: float = 0.5) -> Method
     Salient input channels are made larger before rounding and what feeds them smaller: a norm's gain, the value
     projection, the up projection, whatever the jaxpr says can take up the scale exactly. The scales are s = x^a, x the
     mean |input|, and x^a / w^(1 - a); a is searched by the error of the outputs of all weights that read the input,
-    tr(E H E^T), with H measured on the float model. Doing nothing is among what is tried, so it never
-    grows. Then every block's range is clipped where that lowers the output error, and weights are rounded to nearest; `gptq()`
-    after it rounds under the scales that the clipping chose, and `awq(clip=False)` leaves them to it.
+    tr(E H E^T), with H measured on the float model. Doing nothing is among what is tried, so it never grows. Then every
+    block's range is clipped where that lowers the output error, and weights are rounded to nearest; `gptq()` after it
+    rounds under the scales that the clipping chose, and `awq(clip=False)` leaves them to it.
 
     Args:
       grid: how many exponents a to try.
@@ -43,7 +43,8 @@ def awq(*, grid: int = 20, clip: bool = True, max_shrink: float = 0.5) -> Method
     said: dict[str, Any] = {"grid": grid if grid != 20 else None, "clip": None if clip else False}
     said["max_shrink"] = max_shrink if max_shrink != 0.5 else None
     name = ", ".join(f"{k}={v}" for k, v in said.items() if v is not None)
-    return Method(f"awq({name})", clip_solver(factors) if clip else None, frozenset({"gram"} if clip else ()), (fold,))
+    solve, needs = (clip_solver(factors), frozenset({"gram"})) if clip else (None, frozenset[str]())
+    return Method(f"awq({name})", solve, needs, (fold,), frozenset({"gram", "mean_abs"}))
 
 
 def _means(group: Group, matrices: list[Inputs]) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,8 @@ def smoothquant(alpha: float | None = 0.5, *, everywhere: bool = False, activati
 
     parts = [f"alpha={alpha}"] * (alpha != 0.5) + ["everywhere=True"] * everywhere
     parts += [f"activation_bits={activation_bits}"] * (activation_bits != 8)
-    return Method(f"smoothquant({', '.join(parts)})", None, folds=(fold,))
+    fold_needs = frozenset({"absmax"} if alpha is not None else {"absmax", "gram"})
+    return Method(f"smoothquant({', '.join(parts)})", None, folds=(fold,), fold_needs=fold_needs)
 
 
 def _scales(x: np.ndarray, w: np.ndarray, alpha: float) -> np.ndarray:

@@ -1,0 +1,177 @@
+"""Method x format on SmolLM2-135M: bytes, KL, perplexity, top-1, seconds, peak memory; llm-compressor's numbers beside ours.
+
+    python benchmarks/quality.py                                     every row that has not been run yet
+    python benchmarks/quality.py rotate+gptq-act-order:int4-g64-f32  these rows (again)
+    python benchmarks/quality.py --list                              the rows there are
+    python benchmarks/quality.py --render                            only write the table and the plot anew
+
+A row is METHOD:FORMAT, in the words of `jquant quantize --method` and `--recipe`. Each runs in a process of its own. Results
+are kept in benchmarks/results/quality.json, so that rows can be added run by run; benchmarks/results/quality.md and
+quality.png are written from it. Protocol: benchmarks/README.md.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+from gptq import ROOT, matmul_rate, run, windows
+
+RESULTS = ROOT / "benchmarks/results"
+KEPT = RESULTS / "quality.json"
+
+INT4, INT4A, INT3A = "int4-g64-f32", "int4-g64-asym-f32", "int3-g64-asym-f32"
+_METHODS = ("rtn", "gptq-act-order", "awq", "awq-scales+gptq-act-order", "rotate+rtn", "rotate+gptq-act-order")
+ROWS = [f"{m}:{f}" for f in (INT4, INT4A, INT3A) for m in _METHODS]
+
+# llm-compressor 0.14.0.1, measured once by benchmarks/peers/llm_compressor.py NAME: perplexity, KL, top-1, seconds, peak GB.
+PEER = {
+    f"rtn:{INT4}": ("rtn4_sym_g64", 34.29, 0.4165, 0.671, 1, 1.0),
+    f"rtn:{INT4A}": ("rtn4_asym_g64", 31.33, 0.3035, 0.710, 1, 1.0),
+    f"rtn:{INT3A}": ("rtn3_asym_g64", 69.12, 1.1624, 0.440, 1, 1.0),
+    f"gptq-act-order:{INT4}": ("gptq4_sym_g64", 30.17, 0.2182, 0.769, 288, 1.5),
+    f"gptq-act-order:{INT4A}": ("gptq4_asym_g64", 27.91, 0.1311, 0.805, 260, 1.5),
+    f"gptq-act-order:{INT3A}": ("gptq3_asym_g64", 40.02, 0.5037, 0.641, 263, 1.7),
+    f"awq:{INT4A}": ("awq4_asym_g64", 27.59, 0.1358, 0.792, 2040, 3.2),
+    f"rotate+gptq-act-order:{INT4}": ("quarot_gptq4_sym_g64", 26.71, 0.1078, 0.826, 248, 1.9),
+    f"rotate+gptq-act-order:{INT4A}": ("quarot_gptq4_asym_g64", 26.38, 0.0830, 0.849, 265, 1.9),
+    f"rotate+gptq-act-order:{INT3A}": ("quarot_gptq3_asym_g64", 37.04, 0.4418, 0.671, 266, 1.8),
+}
+
+
+def measure(row: str, batch: int) -> dict:
+    """One row in this process."""
+    import jax
+    import jax.numpy as jnp
+
+    import jquant as jq
+    import jquant.models
+    from jquant.cli.quantize import parse_method
+    from jquant.core import memory
+
+    memory.give_back_at_once()
+    method, fmt = row.split(":")
+    apply, tokenizer = (model := jq.models.load("demo")).apply, model.tokenizer
+    text = windows(model, "calibration", 64)
+    batches = [jnp.asarray(text[i : i + batch]) for i in range(0, len(text), batch)]
+    recipe = jq.Recipe({"*embed*": None, "*": jq.parse_format(fmt)})
+    rest = model._replace(params=None)
+    # The only reference to the float parameters is handed over: a fold replaces them, and they are not needed twice.
+    params = [model.params]
+    del model
+    start = time.perf_counter()
+    qparams = jax.block_until_ready(jq.quantize(apply, params.pop(), recipe, parse_method(method), batches))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    held = [jnp.asarray(w)[None] for w in windows(rest, "evaluation", 16)]
+    e = jq.evaluate(apply, jq.models.load("demo").params, qparams, held)
+    assert tokenizer is rest.tokenizer
+    return {
+        "seconds": seconds, "peak_gb": peak, "kl": e.kl, "kl_stderr": e.kl_stderr, "ppl": e.perplexity,
+        "top1": e.top1_agreement, "float": e.perplexity_reference, "bytes": e.bytes, **_bytes(jq, qparams),
+        "jax": jax.__version__, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), "method": parse_method(method).name,
+    }  # fmt: skip
+
+
+def _bytes(jq, qparams) -> dict:
+    """Bytes of the quantized leaves, and of the maps of leaves that hold one table for two uses; numbers that they store."""
+    import jax
+    from jquant.core.per_use import is_node
+
+    nodes = [x for x in jax.tree.leaves(qparams, is_leaf=is_node) if is_node(x)]
+    maps = sum(x.nbytes - x.value.nbytes for x in nodes if not jq.is_qtensor(x))
+    weights = [x for x in nodes if jq.is_qtensor(x)]
+    return {"weight_bytes": sum(x.nbytes for x in weights) + maps, "weights": sum(x.size for x in weights)}
+
+
+def table(kept: dict[str, dict]) -> str:
+    """Markdown: ours and the peer's."""
+    lines = [
+        "| format | method | MB | bytes/weight | KL | perplexity | top-1 | seconds | peak GB | matmul GFLOP/s before "
+        "| peer KL | peer perplexity | peer top-1 | peer seconds | peer GB |",
+        "|" + "---|" * 15,
+    ]
+    for row in sorted(kept, key=lambda r: (r.split(":")[1], -kept[r]["kl"])):
+        r, (method, fmt), p = kept[row], row.split(":"), PEER.get(row)
+        peer = f"{p[2]:.4f} | {p[1]:.2f} | {p[3]:.1%} | {p[4]} | {p[5]:.1f}" if p else " | | | |"
+        lines.append(
+            f"| {fmt} | {method} | {r['bytes'] / 1e6:.1f} | {r['weight_bytes'] / r['weights']:.4f} | {r['kl']:.4f} ± {r['kl_stderr']:.4f} "
+            f"| {r['ppl']:.2f} | {r['top1']:.1%} | {r['seconds']:.0f} | {r['peak_gb']:.2f} | {r['gflops']:.0f} | {peer} |"
+        )
+    some = next(iter(kept.values()))
+    return "\n".join(lines) + (
+        f"\n\nFloat32 perplexity {some['float']:.2f}, {some['cores']} cores, jax {some['jax']}, llm-compressor 0.14.0.1. MB are of all "
+        "parameters, the float embedding among them; bytes/weight of the quantized ones, with the maps that `rotate` leaves on a "
+        "tied embedding. Peer's seconds are of another run (benchmarks/peers/llm_compressor.py NAME); the machine is shared, and "
+        "the rate of a matmul just before each of our runs says how much of it was left.\n"
+    )
+
+
+def plot(kept: dict[str, dict], path: Path) -> None:
+    """KL against bytes per weight: a colour for each method, crosses for the peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(8, 5))
+    methods = sorted({row.split(":")[0] for row in kept})
+    for i, method in enumerate(methods):
+        mine = sorted(
+            (r["weight_bytes"] / r["weights"], r["kl"], row) for row, r in kept.items() if row.split(":")[0] == method
+        )
+        ax.plot([x for x, _, _ in mine], [y for _, y, _ in mine], "o-", color=f"C{i}", label=method, alpha=0.9, lw=1)
+        theirs = [(x, PEER[row][2]) for x, _, row in mine if row in PEER]
+        ax.plot([x for x, _ in theirs], [y for _, y in theirs], "x", color=f"C{i}", ms=9, mew=2)
+    ax.plot([], [], "x", color="0.4", ms=9, mew=2, label="llm-compressor, same method")
+    ax.set(xlabel="bytes per quantized weight, scales included", ylabel="KL(float || quantized), nats per token")
+    ax.set_yscale("log")
+    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1.0) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]]
+    ax.set_yticks(ticks, [str(t) for t in ticks])
+    ax.minorticks_off()
+    ax.set_title("SmolLM2-135M, weights only, 64 x 512 calibration tokens")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=140)
+
+
+def render(kept: dict[str, dict]) -> None:
+    (RESULTS / "quality.md").write_text("# Quality on SmolLM2-135M\n\n![KL against bytes](quality.png)\n\n" + table(kept))
+    plot(kept, RESULTS / "quality.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="METHOD:FORMAT", help="default: all that have not been run yet")
+    parser.add_argument("--batch", type=int, default=2, help="windows to a batch")
+    parser.add_argument("--list", action="store_true", help="print the rows, and stop")
+    parser.add_argument("--render", action="store_true", help="run nothing")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT", json.dumps(measure(args.one, args.batch)))
+        return
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    if args.list:
+        print("\n".join(f"{row}{'  (done)' if row in kept else ''}" for row in dict.fromkeys([*ROWS, *kept])))
+        return
+    if wrong := [row for row in args.rows if row.count(":") != 1]:
+        parser.error(f"{wrong[0]!r} is no METHOD:FORMAT, as in rotate+gptq:int4-g64-f32")
+    for row in [] if args.render else args.rows or [r for r in ROWS if r not in kept]:
+        rate = matmul_rate()
+        done = run([sys.executable, __file__, "--one", row, "--batch", str(args.batch)], JAX_PLATFORMS="cpu")
+        kept = {**(json.loads(KEPT.read_text()) if KEPT.exists() else {}), row: {**done, "gflops": rate}}
+        KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+        print(table({row: kept[row]}).splitlines()[2], flush=True)
+    if not kept:
+        parser.error("there are no results yet")
+    render(kept)
+    print(table(kept))
+
+
+if __name__ == "__main__":
+    main()
