@@ -79,6 +79,7 @@ def measure(row: str, batch: int) -> dict:
 def _bytes(jq, qparams) -> dict:
     """Bytes of the quantized leaves, and of the maps of leaves that hold one table for two uses; numbers that they store."""
     import jax
+
     from jquant.core.per_use import is_node
 
     nodes = [x for x in jax.tree.leaves(qparams, is_leaf=is_node) if is_node(x)]

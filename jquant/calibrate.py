@@ -54,12 +54,13 @@ def calibrate(
     with Progress(len(batches), "calibrating", "batches") as progress:
         for batch in batches:
             args, kwargs = call_args(batch)
-            seen, reader, shapes = _program(programs, apply, params, args, kwargs, wanted, frozenset(needs))()
-            if members is not None and reader.members != members:
-                raise JQuantError("calibrate: batches of different shapes meet different matmuls; give one shape")
+            before = members
+            add, reader, shapes = _program(programs, apply, params, args, kwargs, wanted, frozenset(needs))
             members = reader.members
-            _check_finite(members, seen)
-            totals = seen if totals is None else merge_all(totals, seen)
+            if before is not None and members != before:
+                raise JQuantError("calibrate: batches of different shapes meet different matmuls; give one shape")
+            totals = add(totals)
+            _check_finite(members, totals)
             progress.step()
     assert totals is not None and members is not None and shapes is not None
     missing = (wanted or set()) - set(members)
@@ -74,10 +75,15 @@ def _program(programs: Any, apply: Any, params: Any, args: Any, kwargs: Any, *wh
     if key not in programs:
         traced = trace_call(apply, params, args, kwargs)
         reader = ObserveReader(*what)
-        programs[key] = (jax.jit(_observer(traced, reader)), reader, traced)
-    fn, reader, traced = programs[key]
+        observe = _observer(traced, reader)
+        zeros = jax.eval_shape(observe, traced.leaves, arrays)
+        # Sums in place: with a Gram matrix for every input of a model, a second set of them would not fit.
+        add = jax.jit(lambda leaves, arrays, totals: merge_all(totals, observe(leaves, arrays)), donate_argnums=2)
+        programs[key] = (add, zeros, reader, traced)
+    add, zeros, reader, traced = programs[key]
     shapes = {p: tuple(jnp.shape(held(v))) for p, v in zip(traced.paths, traced.leaves, strict=True)}
-    return lambda: (fn(traced.leaves, arrays), reader, shapes)
+    start = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), zeros)
+    return lambda totals: add(traced.leaves, arrays, start() if totals is None else totals), reader, shapes
 
 
 def _observer(traced: Traced, reader: ObserveReader) -> Callable[..., dict[int, Observed]]:
