@@ -47,7 +47,8 @@ def calibrate(
     needs = {"absmax", "mean_abs"} | ({"gram"} if gram else set()) | ({"histogram"} if histogram else set())
     programs: dict[Any, Any] = {}
     totals: dict[int, Observed] | None = None
-    members, shapes = None, None
+    members: dict[str, Any] | None = None
+    shapes = None
     batches = list(batches)
     if not batches:
         raise JQuantError("calibrate: there are no batches; give at least one, as in [tokens]")
