@@ -49,6 +49,11 @@ def quantize(
     stays in float for the reads before that. A leaf that is only looked up is rounded to nearest. On a terminal a line
     shows the progress.
 
+    What a method does to the model before rounding (`rotate`, the scales of `awq` and `smoothquant`) comes first, and is
+    proven in float64 to leave the function as it is; a warning names what was not found or not proven, and is left as
+    it was. `find_folds` lists what a model allows. A table that is looked up and multiplied may come back as a leaf that
+    only `quantized` reads, which holds a small map for each of its two uses.
+
     Where the recipe has a `Policy`, the inputs of the matmuls are rounded too when `quantized` runs them. The walk
     itself runs on unrounded inputs; static ranges are calibrated at its end, on what the quantized weights produce.
 
@@ -69,11 +74,13 @@ def quantize(
       RecipeError: a pattern matches nothing that can be quantized, or no token reached an input with a static range.
       NonFiniteError: a weight or an activation is NaN or infinite.
       CheckpointError: `resume` holds other work.
-      JQuantError: no batches.
+      JQuantError: no batches, or shapes where the method needs data.
     """
     method, recipe, batches = method or rtn(), as_recipe(recipe), list(batches)
     if not batches:
         raise JQuantError("quantize: give at least one batch in `batches`; without data, one with the shapes is enough")
+    if method.needs_data and any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batches)):
+        raise JQuantError(f"quantize: {method.name} looks at calibration data, and the batches are shapes; give arrays")
     args, kwargs = call_args(batches[0])
     targets = plan_targets(find_sites(apply, params, *args, **kwargs), params, recipe)
     _check_weights({p: v for p, v in flatten_with_paths(params)[0] if p in targets})

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TextIO
 import jax.numpy as jnp
 
 from jquant.core.paths import flatten_with_paths
-from jquant.core.per_use import held
+from jquant.core.per_use import held, is_per_use
 from jquant.core.qtensor import is_qtensor, tree_nbytes
 from jquant.evaluate import Evaluation
 from jquant.trace.sites import Site
@@ -193,8 +193,9 @@ def sites_table(sites: Iterable[Site], tree: Any) -> Table:
 
 
 def _format_name(leaf: Any) -> str:
-    leaf = held(leaf)
-    return leaf.scheme if is_qtensor(leaf) else jnp.dtype(leaf.dtype).name
+    inner = held(leaf)
+    name = inner.scheme if is_qtensor(inner) else jnp.dtype(inner.dtype).name
+    return f"{name}, one per use" if is_per_use(leaf) else name
 
 
 def layerless(path: str) -> str:

@@ -27,7 +27,7 @@ from jquant.core.errors import CheckpointError
 MANIFEST = "jquant.json"
 ARRAYS = "arrays"
 FORMAT_NAME = "jquant checkpoint"
-FORMAT_VERSION = 2  # 2: a QTensor may have an activation
+FORMAT_VERSION = 2  # 2: a QTensor may have an activation, a leaf may be a PerUse
 
 
 def version_needed(leaves: Iterable[Any]) -> int:

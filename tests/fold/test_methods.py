@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import jquant as jq
+import jquant.resume
 from jquant.core.per_use import is_per_use
+from jquant.report import bytes_table
+from jquant.walk import Walk
 from tests.fold.models import BANK, MODELS
 
 INT4 = jq.parse_format("int4-g5-asym")
@@ -111,6 +114,10 @@ def test_a_tied_table_that_was_rotated_is_a_leaf_like_others(tmp_path):
     )
     with pytest.raises(jq.JQuantError, match=r"run the function as jquant.quantized\(apply\)"):
         model.apply(q, *model.args)
+    many = np.stack([model.args[0]] * 2)
+    np.testing.assert_allclose(jax.vmap(run, (None, 0))(then, many)[1], run(then, *model.args), rtol=1e-5, atol=1e-5)
+    shown = bytes_table(q).text().splitlines()
+    assert any(line.startswith("float32, one per use") for line in shown)
     grad = jax.grad(lambda e: run({**q, "embed": e}, *model.args).sum())(q["embed"])
     assert np.isfinite(grad.value).all() and np.abs(grad.value).max() > 0
 
@@ -128,3 +135,46 @@ def test_bfloat16_parameters_stay_so():
 def test_settings_are_checked(make):
     with pytest.raises(ValueError, match="must be|needs"):
         make()
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_folds_again_and_ends_in_the_same_bits(tmp_path, monkeypatch):
+    model, method = BANK["fused"], jq.chain(jq.rotate(), jq.awq(grid=2), jq.gptq())
+    monkeypatch.setattr(jquant.resume, "_SECONDS_BETWEEN_STATES", 0)
+    stop, calls = Walk._stop, []
+
+    def interrupted(self, k, *args):
+        calls.append(k)
+        if calls == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return stop(self, k, *args)
+
+    job = (model.apply, model.params, INT4, method, [model.args])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", jq.JQuantWarning)
+        whole = jq.quantize(*job)
+        monkeypatch.setattr(Walk, "_stop", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            jq.quantize(*job, resume=tmp_path / "work")
+        again = jq.quantize(*job, resume=tmp_path / "work")
+    assert calls[:4] == [0, 1, 2, 2]
+    assert jax.tree.structure(again) == jax.tree.structure(whole)
+    assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(whole)))
+
+
+def test_what_looks_at_data_says_so():
+    shapes = [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), BANK["mlp"].args)]
+    assert not jq.chain(jq.rotate(), jq.rtn()).needs_data
+    for method in (jq.smoothquant(), jq.awq(clip=False), jq.awq()):
+        method = jq.chain(method, jq.rtn())
+        assert method.needs_data
+        with pytest.raises(jq.JQuantError, match="looks at calibration data, and the batches are shapes; give arrays"):
+            jq.quantize(BANK["mlp"].apply, BANK["mlp"].params, INT4, method, shapes)
+
+
+def test_a_rotation_needs_only_shapes():
+    model = BANK["fused"]
+    shapes = [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), model.args)]
+    job = (model.apply, model.params, {"head": INT4, "*": None}, jq.chain(jq.rotate(), jq.rtn()))
+    a, b = jq.quantize(*job, shapes), jq.quantize(*job, [model.args])
+    assert all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
