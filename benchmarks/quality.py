@@ -50,14 +50,12 @@ def measure(row: str, batch: int) -> dict:
     import jquant as jq
     import jquant.models
     from jquant.cli.quantize import parse_method
-    from jquant.core import memory
 
-    memory.give_back_at_once()
     method, fmt = row.split(":")
     apply, tokenizer = (model := jq.models.load("demo")).apply, model.tokenizer
     text = windows(model, "calibration", 64)
     batches = [jnp.asarray(text[i : i + batch]) for i in range(0, len(text), batch)]
-    recipe = jq.Recipe({"*embed*": None, "*": jq.parse_format(fmt)})
+    recipe = jq.Recipe({"*embed*": None, "*": jq.parse_policy(fmt)})
     rest = model._replace(params=None)
     # The only reference to the float parameters is handed over: a fold replaces them, and they are not needed twice.
     params = [model.params]

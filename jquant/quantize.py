@@ -49,10 +49,10 @@ def quantize(
     stays in float for the reads before that. A leaf that is only looked up is rounded to nearest. On a terminal a line
     shows the progress.
 
-    What a method does to the model before rounding (`rotate`, the scales of `awq` and `smoothquant`) comes first, and is
-    proven in float64 to leave the function as it is; a warning names what was not found or not proven, and is left as
-    it was. `find_folds` lists what a model allows. A table that is looked up and multiplied may come back as a leaf that
-    only `quantized` reads, which holds a small map for each of its two uses.
+    What a method does to the model before rounding (`rotate`, the scales of `awq` and `smoothquant`) comes first, and
+    is proven in float64 to leave the function as it is; a warning names what was not found or not proven, and is left
+    as it was. `find_folds` lists what a model allows. A table that is looked up and multiplied may come back as a leaf
+    that only `quantized` reads, which holds a small map for each of its two uses.
 
     Where the recipe has a `Policy`, the inputs of the matmuls are rounded too when `quantized` runs them. The walk
     itself runs on unrounded inputs; static ranges are calibrated at its end, on what the quantized weights produce.
@@ -294,14 +294,14 @@ class _Solver:
             fmt, (contracted, batch), shape = self._format(unit), self._axes(unit), self._shape(unit)
             sizes = tuple(shape[a] for a in batch), math.prod(shape[a] for a in contracted)
             groups.setdefault((fmt, *sizes, unit if fmt.block == "tensor" else None), []).append(unit)
-        dtype = lambda u: jnp.result_type(self.walk.leaves[u.path])
+        dtype = lambda u: jnp.result_type(held(self.walk.leaves[u.path]))
         return [
             (fmt, tuple(map(self._axes, group)), tuple((self._shape(u), dtype(u)) for u in group), lead, n)
             for (fmt, lead, n, _), group in groups.items()
         ]
 
     def _shape(self, unit: Unit) -> tuple[int, ...]:
-        return tuple(jax.eval_shape(lambda w: kept.apply_cuts(w, unit.cuts), self.walk.leaves[unit.path]).shape)
+        return tuple(jax.eval_shape(lambda w: kept.apply_cuts(w, unit.cuts), held(self.walk.leaves[unit.path])).shape)
 
 
 def _assemble(path: str, target: Target, walk: Walk, units: dict[Unit, QTensor]) -> QTensor:
