@@ -68,8 +68,10 @@ if TYPE_CHECKING:
     from jquant.fold.rotate import rotate
     from jquant.fold.smoothquant import smoothquant
     from jquant.quantize import quantize
+    from jquant.solvers.gptaq import gptaq
     from jquant.solvers.gptq import gptq
     from jquant.solvers.hqq import hqq
+    from jquant.solvers.qronos import qronos
     from jquant.solvers.rtn import rtn
     from jquant.trace.execute import explain, quantized
     from jquant.trace.fake_quant import fake_quantized
@@ -95,8 +97,10 @@ _NAMES = {
     "fold.rotate": "rotate",
     "fold.smoothquant": "smoothquant",
     "quantize": "quantize",
+    "solvers.gptaq": "gptaq",
     "solvers.gptq": "gptq",
     "solvers.hqq": "hqq",
+    "solvers.qronos": "qronos",
     "solvers.rtn": "rtn",
     "trace.execute": "explain quantized",
     "trace.fake_quant": "fake_quantized",

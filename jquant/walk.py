@@ -4,6 +4,8 @@ The model's line of parts (`trace.program`) is run once. In front of each group 
 stops, accumulates that input's statistics over all batches, has the group solved, and goes on with the quantized
 weights. It holds the parameters, the activations that cross the cut, one batch of a part's temporaries and one group's
 statistics.
+
+For methods that ask for "cross" the float model walks beside it, part by part, on its own activations.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +20,7 @@ from jquant.core.per_use import held, holding
 from jquant.core.qtensor import is_qtensor
 from jquant.progress import Progress
 from jquant.trace.function import call_args, call_key, trace_call
-from jquant.trace.observe import Member, Observed
+from jquant.trace.observe import STREAMS, Member, Observed
 from jquant.trace.program import Line, Operand, Part, Sym, Unit, plan
 
 
@@ -37,6 +39,18 @@ class Job(NamedTuple):
 
 
 Solve = Callable[[list[Job], dict[int, Observed]], dict[Unit, Any]]
+
+
+class Both(NamedTuple):
+    """A value in both streams.
+
+    Attributes:
+      value: the quantized model's.
+      other: the float model's; of floats what it is more, in bfloat16: half the memory for a small difference.
+    """
+
+    value: Any
+    other: Any
 
 
 class _Batch:
@@ -79,7 +93,8 @@ class Walk:
             raise JQuantError("quantize: batches of different shapes run through different matmuls; give one shape")
         self.stops = stops
         self.units = set().union(*stops) if stops else set()
-        self.compiled: dict[Any, tuple[Any, Part]] = {}
+        self.compiled: dict[Any, tuple[Any, Any, Part]] = {}
+        self.two = "cross" in needs
         memory.give_back()
 
     def _prepare(self, apply: Any, params: Any, batch: Any, wanted: set[str], needs: frozenset[str]) -> _Batch:
@@ -139,9 +154,9 @@ class Walk:
             part = batch.parts[k]
             inputs = [batch.value(s) for s in part.inputs]
             operands = [self._value(o, done, values) for o in part.operands]
-            fn, model = self._compile(part)
+            fn, run, model = self._compile(part)
             if totals is None:
-                totals = _zeros(jax.eval_shape(model.run, inputs, operands)[1])
+                totals = _zeros(jax.eval_shape(run, inputs, operands)[1])
             outs, totals = fn(inputs, operands, totals)
             batch.advance(part, outs)
             jax.block_until_ready(totals)  # one batch's temporaries at a time
@@ -152,9 +167,10 @@ class Walk:
         later = set().union(*self.stops[k + 1 :])
         return [Job(u, m, u not in later) for u, m in members.items()], totals
 
-    def _compile(self, part: Part) -> tuple[Any, Part]:
+    def _compile(self, part: Part) -> tuple[Any, Any, Part]:
         if part.key not in self.compiled:
-            self.compiled[part.key] = (jax.jit(_accumulating(part.run), donate_argnums=2), part)
+            run = _in_both(part.run) if self.two else part.run
+            self.compiled[part.key] = (jax.jit(_accumulating(run), donate_argnums=2), run, part)
         return self.compiled[part.key]
 
     def _value(self, operand: Operand, done: dict[Unit, Any], values: dict[Operand, Any]) -> Any:
@@ -162,9 +178,11 @@ class Walk:
         if operand not in values:
             unit = operand.unit
             whole = self.unit_value(unit)
-            whole = holding(whole, done[unit]) if unit in done else whole
-            value = kept.apply_cuts(whole, operand.cuts)
-            values[operand] = _decoded(value) if is_qtensor(held(value)) else value
+            value = kept.apply_cuts(holding(whole, done[unit]) if unit in done else whole, operand.cuts)
+            value = _decoded(value) if is_qtensor(held(value)) else value
+            if self.two and unit in done:
+                value = _Weights(value, kept.apply_cuts(whole, operand.cuts))
+            values[operand] = value
         return values[operand]
 
     def unit_value(self, unit: Unit) -> Any:
@@ -182,7 +200,7 @@ class Walk:
 
     def live_values(self) -> list[list[Any]]:
         """The activations that cross the cut, batch by batch, in the order that `restore` takes."""
-        return [list(b.live.values()) for b in self.batches]
+        return [jax.tree.leaves(list(b.live.values())) for b in self.batches]
 
     def restore(self, k: int, values: list[list[Any]]) -> None:
         """Puts back what `live_values` gave behind stop `k - 1`."""
@@ -190,10 +208,51 @@ class Walk:
             live: dict[Sym, Any] = {}
             for part in batch.parts[:k]:
                 live = {s: None for s in [*live, *part.outputs] if s in part.later}
-            batch.live = dict(zip(live, map(jnp.asarray, arrays), strict=True))
+            arrays = [jnp.asarray(a) for a in arrays]
+            if self.two:
+                arrays = [Both(*pair) for pair in zip(arrays[::2], arrays[1::2], strict=True)]
+            batch.live = dict(zip(live, arrays, strict=True))
+
+
+class _Weights(NamedTuple):
+    """A weight of the quantized model, and of the float model."""
+
+    value: Any
+    other: Any
 
 
 _decoded: Any = jax.jit(lambda q: q.dequantize())
+
+
+def _in_both(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A part's `run` on both streams: what it takes and gives is `Both` where they may differ."""
+
+    def both(inputs: list[Any], operands: list[Any]) -> tuple[list[Any], dict[int, Observed]]:
+        values = [_stacked(x) for x in (*inputs, *operands)]
+        arrays, axes = [v for v, _ in values], [a for _, a in values]
+        n = len(inputs)
+        mapped = jax.vmap(
+            run, in_axes=(axes[:n], axes[n:]), out_axes=(0, None), axis_size=2, axis_name=STREAMS
+        )  # fmt: skip
+        outs, seen = mapped(arrays[:n], arrays[n:])
+        return [_parted(o) for o in outs], seen
+
+    return both
+
+
+def _stacked(x: Any) -> tuple[Any, int | None]:
+    """A value with a leading axis of both streams, and 0; or one that is the same in both, and None."""
+    if isinstance(x, Both) and jnp.issubdtype(x.value.dtype, jnp.floating):
+        x = Both(x.value, x.value + x.other.astype(x.value.dtype))
+    if isinstance(x, (Both, _Weights)):
+        return jax.tree.map(lambda a, b: jnp.stack([a, b]), x.value, x.other), 0
+    return x, None
+
+
+def _parted(pair: jax.Array) -> Both:
+    if jnp.issubdtype(pair.dtype, jnp.floating):
+        return Both(pair[0], (pair[1] - pair[0]).astype(jnp.bfloat16))
+    return Both(pair[0], pair[1])
 
 
 def _accumulating(run: Callable[..., Any]) -> Callable[..., Any]:

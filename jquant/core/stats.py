@@ -22,6 +22,8 @@ class Stats(NamedTuple):
       absmax: `[*batch, n]`, the largest |x|, or None.
       tokens: `[*batch]`, the number of tokens.
       histogram: of all |x| and their signs, for static ranges, or None where none was asked for.
+      cross: `[*batch, n, n]`, the sum of d x^T, or None. d is what the float model's input is more than x, the quantized
+        model's: only a walk on both streams knows it.
     """
 
     gram: jax.Array | None
@@ -29,6 +31,7 @@ class Stats(NamedTuple):
     absmax: jax.Array | None
     tokens: jax.Array
     histogram: Histogram | None = None
+    cross: jax.Array | None = None
 
     @property
     def mean_abs(self) -> jax.Array:
@@ -47,6 +50,7 @@ def merge(a: Stats, b: Stats) -> Stats:
         _both(jnp.maximum, a.absmax, b.absmax),
         a.tokens + b.tokens,
         _both(merge_histograms, a.histogram, b.histogram),
+        _both(add, a.cross, b.cross),
     )
 
 

@@ -24,6 +24,7 @@ Where the authors' code (github.com/IST-DASLab/gptq) differs from this file:
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,28 +63,60 @@ def gptq(act_order: bool = False, damp: float = 0.01, block_size: int = 128, sea
     Raises:
       ValueError: `damp` or `block_size` is out of range; or, when solving, there is no Gram matrix of the right shape.
     """
-    if not damp >= 0 or block_size < 1:
-        raise ValueError(f"gptq: needs damp >= 0 and block_size >= 1, got damp={damp}, block_size={block_size}")
-    factors = shrink_factors() if search else (1.0,)
+    settings = Settings.checked("gptq", act_order, damp, block_size, search)
 
     def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
-        args = (state.rows, _checked_gram(state.rows, stats), state.params)
-        one = partial(_solve_one, fmt=fmt, act_order=act_order, damp=damp, block_size=block_size, factors=factors)
-        # One matrix after the other: a single one keeps the machine busy, and the temporaries of one are enough.
-        codes, params, notes = lax.map(lambda xs: one(*xs), args)
-        return Rounding(state.rows, params, codes, state.notes | notes)
+        return sweep_rows(state, checked_gram("gptq", state.rows, stats), fmt, settings)
 
-    said = {"act_order": act_order or None, "damp": damp if damp != 0.01 else None, "search": search or None}
-    name = ", ".join(f"{k}={v}" for k, v in said.items() if v is not None)
-    return Method(f"gptq({name})", solve, frozenset({"gram"}))
+    return Method(f"gptq({settings.said()})", solve, frozenset({"gram"}))
 
 
-def _checked_gram(rows: jax.Array, stats: Stats | None) -> jax.Array:
+class Settings(NamedTuple):
+    """What `gptq` and the methods that share its sweep are told; see there."""
+
+    act_order: bool
+    damp: float
+    block_size: int
+    search: bool
+
+    @classmethod
+    def checked(cls, name: str, act_order: bool, damp: float, block_size: int, search: bool) -> "Settings":
+        """The settings, or a ValueError."""
+        if not damp >= 0 or block_size < 1:
+            raise ValueError(f"{name}: needs damp >= 0 and block_size >= 1, got damp={damp}, block_size={block_size}")
+        return cls(act_order, damp, block_size, search)
+
+    def said(self) -> str:
+        """What is not the default, as in a call."""
+        values = {"act_order": self.act_order or None, "damp": self.damp if self.damp != 0.01 else None}
+        return ", ".join(f"{k}={v}" for k, v in {**values, "search": self.search or None}.items() if v is not None)
+
+
+def sweep_rows(
+    state: Rounding, gram: jax.Array, fmt: Format, settings: Settings, first: jax.Array | None = None
+) -> Rounding:
+    """Rounds `state.rows` column after column.
+
+    Args:
+      state: of the chain so far.
+      gram: H, `[batch, n, n]`.
+      fmt: the format.
+      settings: how.
+      first: `[batch, m, n]`: what a column is rounded to if it is the first of all, instead of its weight.
+    """
+    one = partial(_solve_one, fmt=fmt, settings=settings)
+    # One matrix after the other: a single one keeps the machine busy, and the temporaries of one are enough.
+    codes, params, notes = lax.map(lambda xs: one(*xs), (state.rows, gram, state.params, first))
+    return Rounding(state.rows, params, codes, state.notes | notes)
+
+
+def checked_gram(name: str, rows: jax.Array, stats: Stats | None) -> jax.Array:
+    """The Gram matrix, or an error that says what is wrong with it."""
     batch, _, n = rows.shape
     if stats is None or stats.gram is None:
-        raise ValueError("gptq: needs stats with a Gram matrix; calibrate with needs={'gram'}")
+        raise ValueError(f"{name}: needs stats with a Gram matrix; calibrate with needs={{'gram'}}")
     if stats.gram.shape != (batch, n, n):
-        raise ValueError(f"gptq: rows {rows.shape} need a Gram matrix {(batch, n, n)}, not {stats.gram.shape}")
+        raise ValueError(f"{name}: rows {rows.shape} need a Gram matrix {(batch, n, n)}, not {stats.gram.shape}")
     return stats.gram
 
 
@@ -91,22 +124,22 @@ def _solve_one(
     rows: jax.Array,
     gram: jax.Array,
     params: BlockParams | None,
+    first: jax.Array | None,
     *,
     fmt: Format,
-    act_order: bool,
-    damp: float,
-    block_size: int,
-    factors: tuple[float, ...],
+    settings: Settings,
 ) -> tuple[jax.Array, BlockParams, Notes]:
     """One matrix: rows `[m, n]`, gram `[n, n]`, params `[m, blocks]` -> codes `[m, n]`, params, notes (scalars)."""
     m, n = rows.shape
+    act_order, damp, block_size, search = settings
+    factors = shrink_factors() if search else (1.0,)
     plain = compute_params(rows, fmt) if params is None else params
     group = fmt.group_size if params is None and not act_order and _groups_are_dynamic(fmt, n) else None
     given = None
     if group is None:
         given = search_params(rows.astype(jnp.float32), fmt, factors) if params is None else params
 
-    h, dead = _hessian(gram)
+    h, dead = unit_hessian(gram)
     order = jnp.argsort(-jnp.diagonal(h), stable=True) if act_order else jnp.arange(n)
     if act_order:
         h, dead = h[order][:, order], dead[order]
@@ -120,7 +153,8 @@ def _solve_one(
     plan = ldlq.make_plan(n, block_size, group)
     columns, u = ldlq.pad(columns, u, plan)
     scales = None if given is None else ldlq.as_scales(given, fmt, m, h.dtype)
-    swept = ldlq.sweep(columns, u, scales, _chooser(fmt, factors, plain, m, h.dtype), fmt, plan)
+    more = None if first is None else (first[:, order[0]] - rows[:, order[0]]).astype(h.dtype)
+    swept = ldlq.sweep(columns, u, scales, _chooser(fmt, factors, plain, m, h.dtype), fmt, plan, more)
     codes = swept.codes[:, jnp.argsort(order)] if act_order else swept.codes[:, :n]
     chosen = given
     if chosen is None:
@@ -140,7 +174,7 @@ def _solve_one(
     }  # fmt: skip
 
 
-def _hessian(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+def unit_hessian(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     """H with a mean diagonal of 1, `[n, n]`, and 1 where an input channel is dead, else 0, `[n]`."""
     h = gram if gram.dtype == jnp.float64 else gram.astype(jnp.float32)
     diagonal = jnp.diagonal(h)

@@ -122,7 +122,15 @@ def pad(columns: Columns, u: jax.Array, plan: Plan) -> tuple[Columns, jax.Array]
 Choose = Callable[[jax.Array], tuple[Scales, Stored]]
 
 
-def sweep(columns: Columns, u: jax.Array, scales: Scales | None, choose: Choose, fmt: Format, plan: Plan) -> Swept:
+def sweep(
+    columns: Columns,
+    u: jax.Array,
+    scales: Scales | None,
+    choose: Choose,
+    fmt: Format,
+    plan: Plan,
+    first: jax.Array | None = None,
+) -> Swept:
     """Rounds all columns.
 
     Args:
@@ -132,6 +140,7 @@ def sweep(columns: Columns, u: jax.Array, scales: Scales | None, choose: Choose,
       choose: how to choose them.
       fmt: the format.
       plan: the block sizes.
+      first: `[m]`: what is added to the target of the first column.
     """
     size, m = plan.sizes[0], columns.w.shape[1]
     level = partial(_level, sizes=plan.sizes, choose=choose, fmt=fmt, plan=plan)
@@ -141,13 +150,18 @@ def sweep(columns: Columns, u: jax.Array, scales: Scales | None, choose: Choose,
         w_then_e, codes, loss = carry
         at = i * size
         part = Columns(*(lax.dynamic_slice_in_dim(x, at, size) for x in columns._replace(w=w_then_e)))
-        out = level(feedback(w_then_e, u, i, i, size), part, lax.dynamic_slice(u, (at, at), (size, size)), scales)
+        f = feedback(w_then_e, u, i, i, size)
+        if first is not None:
+            f = f.at[0].add(jnp.where(i == 0, first, 0))
+        out = level(f, part, lax.dynamic_slice(u, (at, at), (size, size)), scales)
         w_then_e = lax.dynamic_update_slice_in_dim(w_then_e, out.error, at, 0)
         codes = lax.dynamic_update_slice_in_dim(codes, out.codes.T, at, 1)  # transposed in parts: they fit the caches
         return (w_then_e, codes, loss + out.loss), out.params
 
     start = columns.w, jnp.zeros((m, plan.padded), jnp.uint8), jnp.zeros(m, columns.w.dtype)
     (error, codes, loss), params = lax.scan(step, start, jnp.arange(plan.padded // size))
+    if first is not None:  # the loss is of the weight, not of the target
+        loss = loss + columns.d[0] * (error[0] ** 2 - (error[0] + first) ** 2)
     return Swept(error, codes, loss, jax.tree.map(_merge, params))
 
 

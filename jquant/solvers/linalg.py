@@ -37,7 +37,12 @@ def cholesky(a: jax.Array) -> jax.Array:
 
 
 def lower_inverse(lower: jax.Array) -> jax.Array:
-    """The inverse of a lower triangular matrix `[n, n]`, by forward substitution, row by row."""
+    """The inverse of a lower triangular matrix `[n, n]`: by halves, and small ones by forward substitution."""
+    if (n := len(lower)) > 256:
+        half = n // 2
+        top, bottom = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
+        corner = -jnp.matmul(jnp.matmul(bottom, lower[half:, :half], precision=HIGHEST), top, precision=HIGHEST)
+        return jnp.block([[top, jnp.zeros((half, n - half), lower.dtype)], [corner, bottom]])
     eye, below = jnp.eye(len(lower), dtype=lower.dtype), jnp.tril(lower, -1)
 
     def row(k, inverse):

@@ -17,7 +17,12 @@ from jquant.trace.view import Ref
 _FULL = jax.lax.Precision.HIGHEST
 
 
-NEEDS = frozenset({"gram", "absmax", "mean_abs", "histogram"})  # all statistics, by the names a Method asks with
+# All statistics of one model, by the names a Method asks with; "cross" is of two (see `STREAMS`).
+NEEDS = frozenset({"gram", "absmax", "mean_abs", "histogram"})
+
+# The name of the mapped axis of length 2 on which "cross" finds both streams: the quantized model's values and the float
+# model's. So the two need no second program, and their statistics are sums over loops and batches like all others.
+STREAMS = "streams"
 
 
 class Observed(NamedTuple):
@@ -140,14 +145,29 @@ def _place(use: Use, observed: Observed) -> Observed:
 def statistics(use: Use, needs: frozenset[str]) -> Observed:
     """The statistics of a use's input, its leading axes those of `use.batch`."""
     x = _rows(use)
+    cross = None
+    if "cross" in needs:
+        x, other = jax.lax.all_gather(x, STREAMS)
+        cross = _cross(use, x.astype(jnp.float32), other.astype(jnp.float32))
     weight = None
     if use.kind == "ragged_dot":
         x, weight = x[None], _expert_mask(use)
     seen = observe_rows(x, needs, weight)
+    seen = seen._replace(stats=seen.stats._replace(cross=cross))
     if "histogram" not in needs:
         return seen
     wide = x if weight is None else jnp.broadcast_to(x, (*weight.shape, x.shape[-1]))
     return seen._replace(stats=seen.stats._replace(histogram=histogram(wide, weight)))
+
+
+def _cross(use: Use, x: jax.Array, other: jax.Array) -> jax.Array:
+    """(other - x)^T x. Experts have none: the two streams may send a token to different ones, or in another order."""
+    n = x.shape[-1]
+    if use.kind == "ragged_dot":
+        return jnp.zeros((use.args[2].shape[0], n, n), jnp.float32)
+    if x.ndim > 2:
+        return jnp.zeros((*x.shape[:-2], n, n), jnp.float32)
+    return jnp.matmul((other - x).T, x, precision=_FULL)
 
 
 def observe_rows(x: jax.Array, needs: frozenset[str], mask: jax.Array | None = None) -> Observed:
@@ -172,8 +192,11 @@ def stats_shapes(needs: frozenset[str], lead: tuple[int, ...], n: int) -> Stats:
     """What `gather_stats` gives for n channels and the batch axes `lead`, as shapes."""
 
     def one() -> Stats:
-        observed = observe_rows(jnp.zeros((*lead, 1, n)), needs)
-        return observed.stats._replace(gram=None if observed.stats.gram is None else _whole(observed.stats.gram))
+        stats = observe_rows(jnp.zeros((*lead, 1, n)), needs).stats
+        return stats._replace(
+            gram=None if stats.gram is None else _whole(stats.gram),
+            cross=jnp.zeros((*lead, n, n)) if "cross" in needs else None,
+        )
 
     return jax.eval_shape(one)
 
