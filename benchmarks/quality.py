@@ -49,7 +49,7 @@ def measure(row: str, batch: int) -> dict:
 
     import jquant as jq
     import jquant.models
-    from jquant.cli.quantize import parse_method
+    from jquant import parse_method
 
     method, fmt = row.split(":")
     apply, tokenizer = (model := jq.models.load("demo")).apply, model.tokenizer

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from jquant.fold.found import FoldFound, Folds, find_folds
     from jquant.fold.rotate import rotate
     from jquant.fold.smoothquant import smoothquant
+    from jquant.methods import parse_method
     from jquant.quantize import quantize
     from jquant.solvers.gptaq import gptaq
     from jquant.solvers.gptq import gptq
@@ -96,6 +97,7 @@ _NAMES = {
     "fold.found": "FoldFound Folds find_folds",
     "fold.rotate": "rotate",
     "fold.smoothquant": "smoothquant",
+    "methods": "parse_method",
     "quantize": "quantize",
     "solvers.gptaq": "gptaq",
     "solvers.gptq": "gptq",

@@ -20,7 +20,7 @@ GROUPS = (
     {"core", "progress"},
     {"solvers", "ops"},
     {"trace", "fold"},
-    {"calibrate", "ranges", "quantize", "walk", "resume", "sensitivity", "kv_cache"},
+    {"calibrate", "methods", "ranges", "quantize", "walk", "resume", "sensitivity", "kv_cache"},
     {"models", "checkpoint", "evaluate", "report"},
     {"cli"},
 )

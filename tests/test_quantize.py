@@ -123,7 +123,7 @@ def test_equal_layers_are_compiled_once(model):
     assert len(walk) == 2 * LAYERS
     # The first and second stop, and the two of any later layer: its input is no argument.
     assert len(walk.compiled) == 4
-    assert sum(fn._cache_size() for fn, _ in walk.compiled.values()) == 4
+    assert sum(fn._cache_size() for fn, _, _ in walk.compiled.values()) == 4
 
 
 def test_gptq_beats_rounding_on_inputs_it_did_not_see(model, by_gptq):

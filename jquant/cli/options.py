@@ -47,6 +47,9 @@ methods say how, '+' composes them from left to right:
   gptq             after each column, corrects the next ones for its error
   gptq-act-order   takes the columns with the largest activations first
   gptq-search      gptq with rtn-search's clipping
+  qronos           gptq that also makes good for what was rounded before
+  gptaq            the same, column by column
+  best             qronos(act_order=True, search=True)
   hqq              moves zero points for the least sum of |error|^0.7; needs no
                    data, but a format like int4-g64-asym-zbf16
   awq              makes salient channels larger, clips blocks by output error
@@ -55,6 +58,7 @@ in front of one of these, to change the model before it is rounded, exactly:
   awq-scales       awq's channels without its clipping and rounding
   smoothquant      moves outliers of activations into the weights (alpha 0.8);
   smoothquant-search  the same, alpha searched for each input
+Settings stand behind a name as in a call: 'rotate(seed=1)+gptq(damp=0.02)'.
 
 examples:
   jquant quantize demo --recipe int4-g64 --method gptq --out smollm2-int4

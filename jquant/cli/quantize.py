@@ -5,7 +5,6 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +23,15 @@ from jquant.core.recipe import Recipe
 from jquant.models import Model
 from jquant.report import bytes_table
 
-METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
-    "rtn": lambda settings: jq.rtn(),
-    "rtn-search": lambda settings: jq.rtn(search=True),
-    "rtn-weighted": lambda settings: jq.rtn(weighted=True),
-    "hqq": lambda settings: jq.hqq(),
-    "gptq": lambda settings: jq.gptq(**settings),
-    "gptq-act-order": lambda settings: jq.gptq(**{**settings, "act_order": True}),
-    "gptq-search": lambda settings: jq.gptq(**settings, search=True),
-    "awq": lambda settings: jq.awq(),
-    "awq-scales": lambda settings: jq.awq(clip=False),
-    "smoothquant": lambda settings: jq.smoothquant(0.8),
-    "smoothquant-search": lambda settings: jq.smoothquant(None),
-    "rotate": lambda settings: jq.rotate(),
-}
-
 
 def parse_method(text: str, act_order: bool = False, damp: float | None = None) -> Method:
-    """The method that "gptq" or "rtn-search+gptq" stands for.
-
-    Raises:
-      UsageError: a name that does not exist, or a setting that no method of the chain takes.
-    """
-    names = [name.strip() for name in text.split("+")]
-    if unknown := [name for name in names if name not in METHODS]:
-        raise UsageError(f"--method {text}: {unknown[0]!r} does not exist; choose from {', '.join(METHODS)}")
+    """`jquant.parse_method` with a UsageError for what can't be read."""
     settings = {**({"act_order": True} if act_order else {}), **({} if damp is None else {"damp": damp})}
-    if settings and not any(name.startswith("gptq") for name in names):
-        raise UsageError(f"--method {text} takes no --act-order and no --damp; they are for gptq")
     try:
-        return jq.chain(*(METHODS[name](settings) for name in names))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+        return jq.parse_method(text, **settings)
+    except JQuantError as error:
+        said = str(error).replace("no act_order", "no --act-order").replace("no damp", "no --damp")
+        raise UsageError(f"--method {said}") from error
 
 
 def parse_recipe(text: str, paths: list[str]) -> Recipe:

@@ -22,8 +22,8 @@ class Stats(NamedTuple):
       absmax: `[*batch, n]`, the largest |x|, or None.
       tokens: `[*batch]`, the number of tokens.
       histogram: of all |x| and their signs, for static ranges, or None where none was asked for.
-      cross: `[*batch, n, n]`, the sum of d x^T, or None. d is what the float model's input is more than x, the quantized
-        model's: only a walk on both streams knows it.
+      cross: `[*batch, n, n]`, the sum of d x^T, or None. d is what the float model's input is more than x, the
+        quantized model's: only a walk on both streams knows it.
     """
 
     gram: jax.Array | None

@@ -23,8 +23,10 @@ from jquant.core.formats import (
 )
 from jquant.core.method import Rounding
 from jquant.core.stats import Stats
+from jquant.solvers.rtn import search_factors
 
 _FULL = lax.Precision.HIGHEST
+Stored = tuple[jax.Array, jax.Array | None]  # scales and zero points as a format stores them
 
 
 @partial(jax.jit, static_argnums=3)
@@ -78,24 +80,26 @@ def clip_search(rows: jax.Array, gram: jax.Array, fmt: Format, factors: tuple[fl
     Args:
       rows: float32 `[m, n]`.
       gram: H, float32 `[n, n]`.
+      fmt: the format; its second level of scales stays that of the full ranges.
+      factors: see above; of scales that are powers of two, one step up and down is tried instead.
     """
     low, high = block_extremes(rows, fmt)
-    plain = block_params(low, high, fmt)
+    plain = compute_params(rows, fmt)
     own = _gram_blocks(gram, fmt)
+    losses = lambda params: _sharing_scales(_block_losses(rows, params, own, fmt), fmt)
 
-    def attempt(best: tuple[jax.Array, BlockParams], factor: jax.Array):
-        params = block_params(low * factor, high * factor, fmt)
-        new = (_block_losses(rows, params, own, fmt), params)
+    def attempt(best: tuple[jax.Array, Stored], factor: jax.Array):
+        params = block_params(low * factor, high * factor, fmt, plain.outer)
+        new = losses(params), (params.scale, params.zero_point)
         better = new[0] < best[0]
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
 
-    start = (_block_losses(rows, plain, own, fmt), plain)
-    (_, found), _ = lax.scan(attempt, start, jnp.asarray(factors, jnp.float32))
-    worse = row_losses(rows, found, gram, fmt) >= row_losses(rows, plain, gram, fmt)
-    if fmt.block == "tensor":
-        losses = [jnp.sum(row_losses(rows, p, gram, fmt)) for p in (found, plain)]
-        worse = jnp.full((1,), losses[0] >= losses[1])
-    return jax.tree.map(lambda a, b: jnp.where(worse[:, None], b, a), found, plain)
+    start = losses(plain), (plain.scale, plain.zero_point)
+    (_, found), _ = lax.scan(attempt, start, jnp.asarray(search_factors(fmt, factors), jnp.float32))
+    chosen = BlockParams(found[0], found[1], plain.outer)
+    new, old = (_sharing_scales(row_losses(rows, p, gram, fmt)[:, None], fmt) for p in (chosen, plain))
+    kept = jax.tree.map(lambda a, b: jnp.where(new < old, a, b), found, start[1])
+    return BlockParams(kept[0], kept[1], plain.outer)
 
 
 def _error(rows: jax.Array, params: BlockParams, fmt: Format) -> jax.Array:
@@ -119,10 +123,17 @@ def _gram_blocks(gram: jax.Array, fmt: Format) -> jax.Array:
 
 
 def _block_losses(rows: jax.Array, params: BlockParams, own: jax.Array, fmt: Format) -> jax.Array:
-    """e H_bb e^T of every block: the shape of `params.scale`."""
+    """e H_bb e^T of every block of every row, `[m, blocks]`."""
     e = to_blocks(_error(rows, params, fmt), fmt)
-    losses = jnp.sum(jnp.einsum("mbg,bgh->mbh", e, own, precision=_FULL) * e, axis=-1)
-    return jnp.sum(losses, keepdims=True) if fmt.block == "tensor" else losses
+    return jnp.sum(jnp.einsum("mbg,bgh->mbh", e, own, precision=_FULL) * e, axis=-1)
+
+
+def _sharing_scales(losses: jax.Array, fmt: Format) -> jax.Array:
+    """Losses `[m, blocks]` summed over the rows that share their scales: `[M, blocks]`."""
+    if fmt.block == "tensor":
+        return jnp.sum(losses, keepdims=True)
+    m, tile = len(losses), fmt.tile_rows
+    return jnp.pad(losses, [(0, -m % tile), (0, 0)]).reshape(-1, tile, losses.shape[1]).sum(1)
 
 
 def clip_solver(factors: tuple[float, ...]):

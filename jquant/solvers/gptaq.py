@@ -1,15 +1,15 @@
 """GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration (arXiv 2504.02692), formerly GPTQv2.
 
-Its objective is that of Qronos, |dW X~ - W (X - X~)|^2, taken column by column: while column q is rounded, what the float
-model's inputs differ by there, W_q dX_q, is handed to the columns behind it. The paper's letters, but for U: dX = X - X~,
-H = X~ X~^T, P the correction, H = U D U^T with U unit upper triangular (as in `gptq`), V = inv(U). Since the trailing
-blocks of U, D and V belong to those of H,
+Its objective is that of Qronos, |dW X~ - W (X - X~)|^2, taken column by column: while column q is rounded, what the
+float model's inputs differ by there, W_q dX_q, is handed to the columns behind it. The paper's letters, but for U:
+dX = X - X~, H = X~ X~^T, P the correction, H = U D U^T with U unit upper triangular (as in `gptq`), V = inv(U). Since
+the trailing blocks of U, D and V belong to those of H,
 
     P = ((C V^T) o M / D) V,    C = dX X~^T,    M strictly upper triangular,
 
 and adding W_q P_q to the later columns when column q is rounded is GPTQ on W (I + P). The reference code
-(github.com/Intelligent-Computing-Lab-Panda/GPTAQ) hands on the *corrected* column times P_q, where the paper's objective has
-the weight itself.
+(github.com/Intelligent-Computing-Lab-Panda/GPTAQ) hands on the *corrected* column times P_q, where the paper's
+objective has the weight itself.
 """
 
 import jax
@@ -43,14 +43,14 @@ def gptaq(
     def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
         gram, cross = checked_gram("gptaq", state.rows, stats), checked_cross("gptaq", state.rows, stats)
         rows = state.rows.astype(jnp.float64 if gram.dtype == jnp.float64 else jnp.float32)
-        moved = lax.map(lambda xs: _moved(*xs, settings), (rows, gram, cross))
+        moved = lax.map(lambda xs: _moved(*xs, settings=settings), (rows, gram, cross))
         return sweep_rows(state._replace(rows=rows + alpha * moved), gram, fmt, settings)
 
     said = ", ".join(filter(None, [settings.said(), f"alpha={alpha}" if alpha != 0.25 else ""]))
     return Method(f"gptaq({said})", solve, frozenset({"gram", "cross"}))
 
 
-def _moved(rows: jax.Array, gram: jax.Array, cross: jax.Array, settings: Settings) -> jax.Array:
+def _moved(rows: jax.Array, gram: jax.Array, cross: jax.Array, *, settings: Settings) -> jax.Array:
     """W P, `[m, n]`, with the columns in the order in which they are rounded."""
     h, dead = unit_hessian(gram)
     c = unit_cross(gram, cross)

@@ -7,6 +7,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import sequential_vmap
 
 from jquant.core.per_use import is_node
 
@@ -127,7 +128,10 @@ def bind_with(eqn: JaxprEqn, params: dict[str, Any], *args: Any) -> list[Any]:
     """`bind` with other parameters."""
     params = eqn.primitive.get_bind_params(params)
     with eqn.ctx.manager:
-        out = eqn.primitive.bind(*args, **params)
+        try:
+            out = eqn.primitive.bind(*args, **params)
+        except NotImplementedError:  # JAX may have no rule for it under a vmap: then one after the other
+            out = sequential_vmap(lambda *args: eqn.primitive.bind(*args, **params))(*args)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 

@@ -20,8 +20,8 @@ _FULL = jax.lax.Precision.HIGHEST
 # All statistics of one model, by the names a Method asks with; "cross" is of two (see `STREAMS`).
 NEEDS = frozenset({"gram", "absmax", "mean_abs", "histogram"})
 
-# The name of the mapped axis of length 2 on which "cross" finds both streams: the quantized model's values and the float
-# model's. So the two need no second program, and their statistics are sums over loops and batches like all others.
+# The name of the mapped axis of length 2 on which "cross" finds both streams: the quantized model's values and the
+# float model's. The two need no second program, and their statistics are sums over loops and batches like all others.
 STREAMS = "streams"
 
 

@@ -33,6 +33,9 @@ def fails(files, tmp_path, capsys, monkeypatch):
     [
         (["does not exist", "rtn-search, "], ["--recipe", "int8", "--method", "foo"]),
         (["'rtnn' does not exist"], ["--recipe", "int8", "--method", "rtnn+gptq"]),
+        (["rotat(seed=1", "does not exist"], ["--recipe", "int8", "--method", "rotat(seed=1"]),
+        (["can't be read", "act_order=True"], ["--recipe", "int8", "--method", "gptq(act_order=)"]),
+        (["unexpected keyword", "sed"], ["--recipe", "int8", "--method", "rotate(sed=1)+gptq"]),
         (["'g'", "int4-g64-asym"], ["--recipe", "int4-g", "--method", "rtn"]),
         (["element 'int9'", "int2"], ["--recipe", "int9", "--method", "rtn"]),
         (["PATTERN=FORMAT"], ["--recipe", "*mlp*=int4,int8", "--method", "rtn"]),
