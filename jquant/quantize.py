@@ -54,8 +54,9 @@ def quantize(
     as it was. `find_folds` lists what a model allows. A table that is looked up and multiplied may come back as a leaf
     that only `quantized` reads, which holds a small map for each of its two uses.
 
-    Where the recipe has a `Policy`, the inputs of the matmuls are rounded too when `quantized` runs them. The walk
-    itself runs on unrounded inputs; static ranges are calibrated at its end, on what the quantized weights produce.
+    Where the recipe has a `Policy`, the inputs of the matmuls are rounded too when `quantized` runs them, and in the
+    walk, so that weights are solved for rounded inputs. Static ranges are calibrated at its end, on what the quantized
+    weights produce; inputs that have one are not rounded in the walk.
 
     Args:
       apply: `apply(params, *args)`, pure.
@@ -186,7 +187,8 @@ def _walk(
     apply: Any, params: Any, targets: dict[str, Target], method: Method, batches: list[Any], recipe: Recipe, resume: Any
 ) -> dict[str, QTensor]:
     wanted = {p for p, t in targets.items() if t.observable}
-    walk = Walk(apply, params, batches, wanted, method.needs)
+    rounds = {p: t.activation for p, t in targets.items() if t.activation is not None and not t.activation.static}
+    walk = Walk(apply, params, batches, wanted, method.needs, rounds)
     solver = _Solver(walk, targets, method)
     solver.prepare()
     store, start, solved = None, 0, {}

@@ -8,20 +8,23 @@ statistics.
 For methods that ask for "cross" the float model walks beside it, part by part, on its own activations.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jquant.core import kept, memory
+from jquant.core.activation import Activation
 from jquant.core.errors import JQuantError, NonFiniteError
 from jquant.core.per_use import held, holding
 from jquant.core.qtensor import is_qtensor
 from jquant.progress import Progress
 from jquant.trace.function import call_args, call_key, trace_call
-from jquant.trace.observe import STREAMS, Member, Observed
+from jquant.trace.observe import Member, Observed
 from jquant.trace.program import Line, Operand, Part, Sym, Unit, plan
+from jquant.trace.streams import STREAMS
 
 
 class Job(NamedTuple):
@@ -77,16 +80,23 @@ class Walk:
       batches: what `apply` takes after the parameters.
       wanted: paths of the leaves to be solved.
       needs: the statistics that are accumulated.
+      rounds: path -> how the inputs of a leaf's matmuls will be rounded; the walk rounds them too.
 
     Attributes:
       units: every unit that some stop observes.
     """
 
     def __init__(
-        self, apply: Callable[..., Any], params: Any, batches: list[Any], wanted: set[str], needs: frozenset[str]
+        self,
+        apply: Callable[..., Any],
+        params: Any,
+        batches: list[Any],
+        wanted: set[str],
+        needs: frozenset[str],
+        rounds: Mapping[str, Activation] = MappingProxyType({}),
     ):
         self.plans: dict[Any, tuple[Line, list[Part]]] = {}
-        self.batches = [self._prepare(apply, params, b, wanted, needs) for b in batches]
+        self.batches = [self._prepare(apply, params, b, wanted, needs, rounds) for b in batches]
         first = self.batches[0].parts
         stops = [set(p.observed.values()) for p in first]
         if any([set(p.observed.values()) for p in b.parts] != stops for b in self.batches):
@@ -97,14 +107,22 @@ class Walk:
         self.two = "cross" in needs
         memory.give_back()
 
-    def _prepare(self, apply: Any, params: Any, batch: Any, wanted: set[str], needs: frozenset[str]) -> _Batch:
+    def _prepare(
+        self,
+        apply: Any,
+        params: Any,
+        batch: Any,
+        wanted: set[str],
+        needs: frozenset[str],
+        rounds: Mapping[str, Activation],
+    ) -> _Batch:
         args, kwargs = call_args(batch)
         arrays, key = call_key(args, kwargs)
         if key not in self.plans:
             traced = trace_call(apply, params, args, kwargs)
             self.leaves = dict(zip(traced.paths, traced.leaves, strict=True))
             line = Line(traced)
-            self.plans[key] = (line, plan(line, wanted, needs))
+            self.plans[key] = (line, plan(line, wanted, needs, rounds))
         return _Batch(arrays, *self.plans[key])
 
     def __len__(self) -> int:

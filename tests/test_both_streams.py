@@ -142,3 +142,37 @@ def test_only_the_walk_has_both_models(model):
     with pytest.raises(ValueError, match="only the walk"):
         stats = jq.calibrate(unrolled, params, batches, paths=["layer0/a"])["layer0/a"]
         jq.qronos().solve(Rounding(params["layer0"]["a"].T[None]), jax.tree.map(lambda a: a[None], stats), jq.INT4)
+
+
+@pytest.mark.parametrize("method", [jq.gptq(), jq.qronos()], ids=lambda m: m.name)
+def test_inputs_that_will_be_rounded_are_rounded_in_the_walk(method):
+    """Every weight is solved on the rounded inputs that the quantized part produces, beside the float model's own."""
+    p = {"a": normal(0, 16, 24, scale=0.3), "b": normal(1, 24, 8)}
+    x = normal(2, 2, 40, 16) @ normal(3, 16, 16)
+
+    def apply(p, x):
+        return jnp.tanh(jnp.einsum("btn,nm->mbt", x, p["a"])).transpose(1, 2, 0) @ p["b"]
+
+    policy = jq.Policy(jq.INT3_G64, jq.Activation("int4"))
+    q, plain = (jq.quantize(apply, p, value, method, [x[:1], x[1:]]) for value in (policy, jq.INT3_G64))
+
+    def rounded(x):
+        rows = x.reshape(-1, x.shape[-1])
+        codes, params = jq.core.activation.encode_input(rows, policy.activation)
+        return jq.core.formats.decode(codes, params, policy.activation.format)
+
+    first, second = x.reshape(-1, 16), jnp.tanh(x.reshape(-1, 16) @ p["a"])
+    near = rounded(jnp.tanh(rounded(first) @ q["a"].dequantize()))
+    for name, other, seen in (("a", first, rounded(first)), ("b", second, near)):
+        other, seen = np.asarray(other, np.float64), np.asarray(seen, np.float64)
+        cross = jnp.float32((other - seen).T @ seen)[None]
+        stats = Stats(jnp.float32(seen.T @ seen)[None], None, None, jnp.ones(1), None, cross)
+        want = jax.jit(lambda w, s: method.solve(Rounding(w), s, jq.INT3_G64))(p[name].T[None], stats)
+        mine, unrounded = np.asarray(q[name].unpacked()), np.asarray(plain[name].unpacked())
+        assert np.mean(want.codes[0] == mine) > max(0.9, np.mean(unrounded == mine) + 0.05), name
+
+
+def test_infinite_inputs_are_found_though_they_are_rounded():
+    x = jnp.ones((8, 16)).at[3, 2].set(jnp.inf)
+    with pytest.raises(jq.JQuantError, match="w: .* channels of its input hold NaN"):
+        jq.quantize(lambda p, x: x @ p["w"], {"w": normal(0, 16, 4)}, jq.W8A8, jq.gptq(), [x])

@@ -1,28 +1,29 @@
 """Calibration statistics as functional outputs: what each weight's inputs were."""
 
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jquant.core.activation import Activation
 from jquant.core.histogram import histogram
 from jquant.core.stats import Stats, merge
+from jquant.ops.low_precision import round_input
 from jquant.trace import compat, interpreter
 from jquant.trace.sites import full_axes, input_key
+from jquant.trace.streams import both
 from jquant.trace.uses import Use
 from jquant.trace.view import Ref
 
 _FULL = jax.lax.Precision.HIGHEST
 
 
-# All statistics of one model, by the names a Method asks with; "cross" is of two (see `STREAMS`).
+# All statistics of one model, by the names a Method asks with; "cross" is of two (see `trace.streams`).
 NEEDS = frozenset({"gram", "absmax", "mean_abs", "histogram"})
-
-# The name of the mapped axis of length 2 on which "cross" finds both streams: the quantized model's values and the
-# float model's. The two need no second program, and their statistics are sums over loops and batches like all others.
-STREAMS = "streams"
 
 
 class Observed(NamedTuple):
@@ -68,6 +69,8 @@ class ObserveReader:
     Args:
       wanted: paths to observe, or None for all.
       needs: which statistics, a part of `NEEDS`.
+      rounds: path -> how, for leaves whose input will be rounded as it comes: the statistics are then those of the
+        rounded input.
 
     Attributes:
       members: for each path the observed arrays it reads. Complete once the function has been traced.
@@ -76,8 +79,13 @@ class ObserveReader:
 
     inline, unroll = True, False
 
-    def __init__(self, wanted: set[str] | None = None, needs: frozenset[str] = NEEDS - {"histogram"}):
-        self.wanted, self.needs = wanted, needs
+    def __init__(
+        self,
+        wanted: set[str] | None = None,
+        needs: frozenset[str] = NEEDS - {"histogram"},
+        rounds: Mapping[str, Activation] = MappingProxyType({}),
+    ):
+        self.wanted, self.needs, self.rounds = wanted, needs, rounds
         self.members: dict[str, dict[Member, None]] = {}
         self.skipped: dict[str, str] = {}
         self.groups: dict[Any, int] = {}
@@ -97,11 +105,12 @@ class ObserveReader:
         if reason:
             self.skipped[use.ref.path] = reason
             return
-        key = ("observed", *input_key(use))
+        act = self.rounds.get(use.ref.path)
+        key = ("observed", act, *input_key(use))
         if key not in frame.known:
-            name = (*frame.scope, id(use.eqn))
+            name = (*frame.scope, id(use.eqn), act)
             scans = tuple(i.by for i in use.ref.stack if i.at == "scanned")
-            interpreter.emit(frame, interpreter.Key(name, scans), _place(use, statistics(use, self.needs)))
+            interpreter.emit(frame, interpreter.Key(name, scans), _place(use, statistics(use, self.needs, act)))
             frame.known[key] = (list(use.args), [name])
         name = frame.known[key][1][0]
         group = self.groups.setdefault(name, len(self.groups))
@@ -142,12 +151,15 @@ def _place(use: Use, observed: Observed) -> Observed:
     )
 
 
-def statistics(use: Use, needs: frozenset[str]) -> Observed:
+def statistics(use: Use, needs: frozenset[str], act: Activation | None = None) -> Observed:
     """The statistics of a use's input, its leading axes those of `use.batch`."""
-    x = _rows(use)
+    x = other = _rows(use)
     cross = None
     if "cross" in needs:
-        x, other = jax.lax.all_gather(x, STREAMS)
+        x, other = both(x)
+    if act is not None and use.kind == "dot":
+        x = round_input(x, act, clip=False)
+    if "cross" in needs:
         cross = _cross(use, x.astype(jnp.float32), other.astype(jnp.float32))
     weight = None
     if use.kind == "ragged_dot":

@@ -6,8 +6,9 @@ slice. `plan` cuts the line in front of every group of wanted matmuls that share
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.core import kept
+from jquant.core.activation import Activation
 from jquant.trace import compat, interpreter, view
-from jquant.trace.execute import ExecuteReader
 from jquant.trace.function import Traced
 from jquant.trace.observe import Member, Observed, ObserveReader
 from jquant.trace.sites import input_key
+from jquant.trace.streams import RoundingReader
 from jquant.trace.uses import Use, find_use
 from jquant.trace.view import Ref
 
@@ -277,17 +279,25 @@ def _input(use: Use) -> tuple[Any, ...]:
     return (kind, x, extra)
 
 
-def plan(line: Line, wanted: set[str], needs: frozenset[str]) -> list[Part]:
+def plan(
+    line: Line, wanted: set[str], needs: frozenset[str], rounds: Mapping[str, Activation] = MappingProxyType({})
+) -> list[Part]:
     """Cuts the line in front of every group of uses of the wanted leaves.
 
     The parts together run what the inputs of those uses need, once, and nothing behind the last.
+
+    Args:
+      line: the program.
+      wanted: paths.
+      needs: the statistics.
+      rounds: path -> how the inputs of a leaf's products are rounded.
     """
     groups = _groups(line, wanted)
     needed = _needed(line, groups)
     ends = [g.position for g in groups]
     parts, start = [], 0
     for group, end in zip(groups, ends, strict=True):
-        parts.append(_part(line, start, end, group, groups, needed, needs))
+        parts.append(_part(line, start, end, group, groups, needed, needs, rounds))
         start = end
     return parts
 
@@ -319,7 +329,8 @@ def _needed(line: Line, groups: list[_Group]) -> set[int]:
 
 
 def _part(
-    line: Line, start: int, end: int, group: _Group, groups: list[_Group], needed: set[int], needs: frozenset[str]
+    line: Line, start: int, end: int, group: _Group, groups: list[_Group], needed: set[int], needs: frozenset[str],
+    rounds: Mapping[str, Activation],
 ) -> Part:  # fmt: skip
     producers = _producers(line)
     body = [i for i in range(start, end) if i in needed and not line.instrs[i].static]
@@ -337,10 +348,11 @@ def _part(
     tail = [numbering.instr(line.instrs[i], outs=False) for i in group.instrs]
     inputs = tuple(s for s in numbering.numbers if s not in made)
     outs = tuple(sorted(outputs, key=lambda s: numbering.numbers[s]))
+    acts = {str(i): rounds[unit.path] for i, (unit, _) in enumerate(numbering.refs) if unit.path in rounds}
     key = (
         tuple((p.instr.key, p.args, p.outs) for p in program), tuple((p.instr.key, p.args) for p in tail),
         tuple(numbering.numbers[s] for s in inputs), tuple(numbering.numbers[s] for s in outs), needs,
-        tuple((s.shape, str(s.aval.dtype)) for s in inputs),
+        tuple(acts.items()), tuple((s.shape, str(s.aval.dtype)) for s in inputs),
     )  # fmt: skip
     observed = {
         numbering.refs.index(unit_of(a)): unit_of(a)[0]
@@ -349,7 +361,7 @@ def _part(
         if interpreter.is_ref(a) and a.path in group.wanted
     }
     members: dict[int, dict[Member, None]] = {}
-    run = _runner(program, tail, numbering, inputs, outs, set(observed), needs, members)
+    run = _runner(program, tail, numbering, inputs, outs, set(observed), needs, acts, members)
     operands = tuple(Operand(unit, cuts) for unit, cuts in numbering.refs)
     return Part(key, inputs, operands, outs, frozenset(later), observed, run, members)
 
@@ -393,14 +405,14 @@ class _Numbering:
 
 def _runner(
     program: list[_Numbered], tail: list[_Numbered], numbering: _Numbering, inputs: Sequence[Sym], outs: Sequence[Sym],
-    observed: set[int], needs: frozenset[str], members: dict[int, dict[Member, None]],
+    observed: set[int], needs: frozenset[str], acts: Mapping[str, Activation], members: dict[int, dict[Member, None]],
 ) -> Callable[..., Any]:  # fmt: skip
     ins, results = [numbering.numbers[s] for s in inputs], [numbering.numbers[s] for s in outs]
 
     def run(inputs: Sequence[Any], operands: Sequence[Any]) -> tuple[list[Any], dict[int, Observed]]:
         env = dict(zip(ins, inputs, strict=True))
-        frame, execute = interpreter.Frame(), ExecuteReader()
-        observe = ObserveReader({str(i) for i in observed}, needs)
+        frame, execute = interpreter.Frame(), RoundingReader(acts, "cross" in needs)
+        observe = ObserveReader({str(i) for i in observed}, needs, acts)
 
         def value(a: Any, original: Any) -> Any:
             if a[0] == "sym":
