@@ -24,22 +24,43 @@ RESULTS = ROOT / "benchmarks/results"
 KEPT = RESULTS / "quality.json"
 
 INT4, INT4A, INT3A = "int4-g64-f32", "int4-g64-asym-f32", "int3-g64-asym-f32"
-_METHODS = ("rtn", "gptq-act-order", "awq", "awq-scales+gptq-act-order", "rotate+rtn", "rotate+gptq-act-order")
-ROWS = [f"{m}:{f}" for f in (INT4, INT4A, INT3A) for m in _METHODS]
+W8A8, FP8, W4A8 = "int8+int8", "fp8_e4m3+fp8_e4m3", "int4-g64-f32+int8"
+GPTQ, BEST = "gptq-act-order", "rotate+best"
 
 # llm-compressor 0.14.0.1, measured once by benchmarks/peers/llm_compressor.py NAME: perplexity, KL, top-1, seconds, peak GB.
 PEER = {
     f"rtn:{INT4}": ("rtn4_sym_g64", 34.29, 0.4165, 0.671, 1, 1.0),
     f"rtn:{INT4A}": ("rtn4_asym_g64", 31.33, 0.3035, 0.710, 1, 1.0),
     f"rtn:{INT3A}": ("rtn3_asym_g64", 69.12, 1.1624, 0.440, 1, 1.0),
-    f"gptq-act-order:{INT4}": ("gptq4_sym_g64", 30.17, 0.2182, 0.769, 288, 1.5),
-    f"gptq-act-order:{INT4A}": ("gptq4_asym_g64", 27.91, 0.1311, 0.805, 260, 1.5),
-    f"gptq-act-order:{INT3A}": ("gptq3_asym_g64", 40.02, 0.5037, 0.641, 263, 1.7),
+    f"rtn:{W8A8}": ("rtn_w8a8", 25.06, 0.0295, 0.892, 1, 1.0),
+    f"rtn:{FP8}": ("fp8_dyn", 25.04, 0.0270, 0.910, 1, 1.0),
+    "rtn:nvfp4": ("nvfp4a16", 30.41, 0.2196, 0.745, 1, 1.1),
+    "rtn:mxfp4": ("mxfp4a16", 35.42, 0.4345, 0.653, 1, 1.0),
+    f"{GPTQ}:{INT4}": ("gptq4_sym_g64", 30.17, 0.2182, 0.769, 288, 1.5),
+    f"{GPTQ}:{INT4A}": ("gptq4_asym_g64", 27.91, 0.1311, 0.805, 260, 1.5),
+    f"{GPTQ}:{INT3A}": ("gptq3_asym_g64", 40.02, 0.5037, 0.641, 263, 1.7),
     f"awq:{INT4A}": ("awq4_asym_g64", 27.59, 0.1358, 0.792, 2040, 3.2),
-    f"rotate+gptq-act-order:{INT4}": ("quarot_gptq4_sym_g64", 26.71, 0.1078, 0.826, 248, 1.9),
-    f"rotate+gptq-act-order:{INT4A}": ("quarot_gptq4_asym_g64", 26.38, 0.0830, 0.849, 265, 1.9),
-    f"rotate+gptq-act-order:{INT3A}": ("quarot_gptq3_asym_g64", 37.04, 0.4418, 0.671, 266, 1.8),
+    f"rotate+{GPTQ}:{INT4}": ("quarot_gptq4_sym_g64", 26.71, 0.1078, 0.826, 248, 1.9),
+    f"rotate+{GPTQ}:{INT4A}": ("quarot_gptq4_asym_g64", 26.38, 0.0830, 0.849, 265, 1.9),
+    f"rotate+{GPTQ}:{INT3A}": ("quarot_gptq3_asym_g64", 37.04, 0.4418, 0.671, 266, 1.8),
+    f"rotate+rtn:{W8A8}": ("quarot_rtn_w8a8", 24.89, 0.0141, 0.936, 6, 2.0),
+    f"smoothquant+rtn:{W8A8}": ("sq_rtn_w8a8", 24.82, 0.0158, 0.931, 159, 1.7),
+    f"smoothquant+{GPTQ}:{W8A8}": ("sq_gptq_w8a8", 24.77, 0.0141, 0.931, 418, 1.7),
 }
+# Formats in families of equal bytes, the peer's best KL with any chain, and the chains of ours that go for it.
+FAMILIES = {
+    "int4 symmetric g64": ((INT4,), 0.1078),
+    "int4 asymmetric g64": ((INT4A,), 0.0830),
+    "int3 asymmetric g64": ((INT3A,), 0.4418),
+    "W8A8 int8, dynamic": ((W8A8,), 0.0141),
+    "fp8 W8A8, dynamic": ((FP8,), 0.0270),
+    "NVFP4, weights only": (("nvfp4", "nvfp4-4o6"), 0.2196),
+    "MXFP4, weights only": (("mxfp4",), 0.4345),
+}
+ROWS = list(dict.fromkeys([
+    *(f"{BEST}:{f}" for f in (INT4, INT4A, INT3A, W8A8, FP8, "nvfp4-4o6", "mxfp4")), *PEER,
+    *(f"{m}:{W4A8}" for m in ("smoothquant+rtn", f"rotate+{GPTQ}", BEST)),
+]))  # fmt: skip
 
 
 def measure(row: str, batch: int) -> dict:
@@ -101,12 +122,23 @@ def table(kept: dict[str, dict]) -> str:
             f"| {r['ppl']:.2f} | {r['top1']:.1%} | {r['seconds']:.0f} | {r['peak_gb']:.2f} | {r['gflops']:.0f} | {peer} |"
         )
     some = next(iter(kept.values()))
-    return "\n".join(lines) + (
+    return "\n".join([*lines, "", *_goals(kept)]) + (
         f"\n\nFloat32 perplexity {some['float']:.2f}, {some['cores']} cores, jax {some['jax']}, llm-compressor 0.14.0.1. MB are of all "
         "parameters, the float embedding among them; bytes/weight of the quantized ones, with the maps that `rotate` leaves on a "
         "tied embedding. Peer's seconds are of another run (benchmarks/peers/llm_compressor.py NAME); the machine is shared, and "
         "the rate of a matmul just before each of our runs says how much of it was left.\n"
     )
+
+
+def _goals(kept: dict[str, dict]) -> list[str]:
+    """Markdown: for each family of formats, our best row and the peer's best."""
+    lines = ["| format | jquant's best | KL | llm-compressor's best | ratio |", "|" + "---|" * 5]
+    for name, (formats, peer) in FAMILIES.items():
+        mine = [(kept[r]["kl"], r) for r in kept if r.split(":")[1] in formats]
+        if mine:
+            kl, row = min(mine)
+            lines.append(f"| {name} | {row.split(':')[0]} | {kl:.4f} | {peer:.4f} | {kl / peer:.2f} |")
+    return lines
 
 
 def plot(kept: dict[str, dict], path: Path) -> None:
@@ -128,10 +160,10 @@ def plot(kept: dict[str, dict], path: Path) -> None:
     ax.plot([], [], "x", color="0.4", ms=9, mew=2, label="llm-compressor, same method")
     ax.set(xlabel="bytes per quantized weight, scales included", ylabel="KL(float || quantized), nats per token")
     ax.set_yscale("log")
-    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1.0) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]]
+    ticks = [t for t in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]]
     ax.set_yticks(ticks, [str(t) for t in ticks])
     ax.minorticks_off()
-    ax.set_title("SmolLM2-135M, weights only, 64 x 512 calibration tokens")
+    ax.set_title("SmolLM2-135M, 64 x 512 calibration tokens")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     fig.tight_layout()
