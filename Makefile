@@ -22,10 +22,10 @@ help:
 	@echo 'make format      sort imports and fix what ruff can fix'
 	@echo 'make setup       only make the environment of the tests'
 	@echo 'make clean       remove environments, caches and build products'
-	@echo 'Variables: PYTHON=python3.13 VENV=.venv PYTEST_ARGS="-n 2"'
+	@echo 'Variables: DEMO_ARGS="--method rotate+best --recipe nvfp4" PYTHON=python3.13 VENV=.venv PYTEST_ARGS="-n 2"'
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 # pytest runs even if ruff or mypy complain, so that one run tells everything and pytest closes it.
 test: $(VENV)/.test

@@ -21,15 +21,17 @@ from jquant.models import Model
 from jquant.report import evaluation_table, megabytes, reference_row, row, sites_table
 
 DATA = Path(__file__).parent.parent / "data"
-# The embedding is the head too, and stays in float: first match wins.
-RECIPE = jq.Recipe({"embed/*": None, "*": jq.INT4_G64})
 LENGTH = 512
+METHOD = "gptq-act-order"
 
 
 def main() -> None:
     """Six steps: load, look, quantize twice, compare, continue a prompt, save."""
     args, started = parse_args(), time.monotonic()
-    out = free_folder(args.out, args.overwrite)
+    method = jq.parse_method(args.method)
+    # The embedding is the head too, and stays in float: first match wins.
+    recipe = jq.Recipe({"embed/*": None, "*": jq.parse_policy(args.recipe)})
+    out = free_folder(args.out or f"demo-out/smollm2-{args.recipe}", args.overwrite)
 
     title("Load SmolLM2-135M-Instruct (float32)")
     model = jq.models.load("demo")
@@ -39,18 +41,18 @@ def main() -> None:
     sites = jq.find_sites(model.apply, model.params, calibration[0])
     sites_table(sites, model.params).show()
 
-    title(f"Quantize the linear layers of the blocks to {jq.INT4_G64}: RTN, then GPTQ")
-    rtn, rtn_seconds = timed(model, jq.rtn(), calibration[:1])
+    title(f"Quantize the linear layers of the blocks to {args.recipe}: round to nearest, then {method.name}")
+    rtn, rtn_seconds = timed(model, recipe, jq.rtn(), calibration[:1])
     print(f"RTN (round to nearest): {rtn_seconds:.0f} s, without data")
-    gptq, gptq_seconds = timed(model, jq.gptq(act_order=True), batches(calibration, args.batch))
-    print(f"GPTQ: {gptq_seconds:.0f} s, calibrated on {len(calibration)} windows of {LENGTH} tokens of calibration.txt")
+    best, seconds = timed(model, recipe, method, batches(calibration, args.batch))
+    print(f"{args.method}: {seconds:.0f} s, {len(calibration)} windows of {LENGTH} tokens of calibration.txt")
 
     title(f"Compare with the float model on {len(evaluation)} windows of {LENGTH} tokens of evaluation.txt")
-    found = jq.evaluate_all(model.apply, model.params, {"RTN": rtn, "GPTQ": gptq}, evaluation)
+    found = jq.evaluate_all(model.apply, model.params, {"RTN": rtn, "best": best}, evaluation)
     rows = [
         reference_row("float32", found["RTN"], model.params),
-        row("RTN int4-g64", found["RTN"], rtn, rtn_seconds),
-        row("GPTQ int4-g64", found["GPTQ"], gptq, gptq_seconds),
+        row(f"RTN {args.recipe}", found["RTN"], rtn, rtn_seconds),
+        row(f"{label(args.method)} {args.recipe}", found["best"], best, seconds),
     ]
     evaluation_table(rows).show()
     embedding = megabytes(model.params["embed"]["embedding"].nbytes)
@@ -61,14 +63,14 @@ def main() -> None:
     title("Two continuations of one prompt, greedily")
     continue_prompt("float32", model, model.params, args.prompt, args.tokens)
     quantized = model._replace(apply=jq.quantized(model.apply))
-    continue_prompt("GPTQ int4-g64", quantized, gptq, args.prompt, args.tokens)
+    continue_prompt(f"{label(args.method)} {args.recipe}", quantized, best, args.prompt, args.tokens)
 
     title("Save")
     data = {"file": "calibration.txt", "windows": len(calibration), "length": LENGTH}
-    note = {"source": "demo", "recipe": "int4-g64", "method": "gptq(act_order=True)", "calibration": data}
-    jq.models.save(out, gptq, model.config, model.tokenizer, metadata=note, overwrite=args.overwrite)
-    size, seconds = megabytes(folder_bytes(out)), time.monotonic() - started
-    print(f"saved to {out}, {size} MB on disk, {seconds:.0f} s after the start.")
+    note = {"source": "demo", "recipe": args.recipe, "method": method.name, "calibration": data}
+    jq.models.save(out, best, model.config, model.tokenizer, metadata=note, overwrite=args.overwrite)
+    size, total = megabytes(folder_bytes(out)), time.monotonic() - started
+    print(f"saved to {out}, {size} MB on disk, {total:.0f} s after the start.")
     print("This loads it and generates:\n")
     print(f"  {program()} generate {shlex.quote(str(out))} --prompt {shlex.quote(args.prompt)}")
 
@@ -76,12 +78,14 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     """The defaults take about three minutes on two quiet cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibration", type=int, default=64, metavar="N", help="windows for GPTQ [%(default)s]")
+    parser.add_argument("--method", default=METHOD, help="how; `jquant quantize --help` lists them [%(default)s]")
+    parser.add_argument("--recipe", default="int4-g64", metavar="FORMAT", help="to what; likewise [%(default)s]")
+    parser.add_argument("--calibration", type=int, default=64, metavar="N", help="windows for the method [%(default)s]")
     parser.add_argument("--evaluation", type=int, default=8, metavar="N", help="windows to compare on [%(default)s]")
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="calibration windows at once [%(default)s]")
     parser.add_argument("--prompt", default="The package manager of Debian", help="what to continue [%(default)s]")
     parser.add_argument("--tokens", type=int, default=40, metavar="N", help="of each continuation [%(default)s]")
-    parser.add_argument("--out", default="demo-out/smollm2-int4", metavar="DIR", help="where to save [%(default)s]")
+    parser.add_argument("--out", metavar="DIR", help="where to save [demo-out/smollm2-FORMAT]")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run saved there")
     return parser.parse_args()
 
@@ -112,10 +116,14 @@ def batches(windows: list[np.ndarray], size: int) -> list[np.ndarray]:
     return [np.concatenate(windows[i : i + size]) for i in range(0, len(windows), size)]
 
 
-def timed(model: Model, method: jq.Method, data: list[np.ndarray]) -> tuple[Any, float]:
+def label(method: str) -> str:
+    return "GPTQ" if method == METHOD else method
+
+
+def timed(model: Model, recipe: jq.Recipe, method: jq.Method, data: list[np.ndarray]) -> tuple[Any, float]:
     """The quantized parameters, and the seconds that took, compilation included."""
     start = time.monotonic()
-    qparams = jax.block_until_ready(jq.quantize(model.apply, model.params, RECIPE, method, data))
+    qparams = jax.block_until_ready(jq.quantize(model.apply, model.params, recipe, method, data))
     return qparams, time.monotonic() - start
 
 
