@@ -85,7 +85,9 @@ def quantize(
     args, kwargs = call_args(batches[0])
     targets = plan_targets(find_sites(apply, params, *args, **kwargs), params, recipe)
     _check_weights({p: v for p, v in flatten_with_paths(params)[0] if p in targets})
-    params = _fold(apply, params, targets, method, batches)
+    box = [params]
+    del params  # if the caller kept no reference either, what a fold replaces is freed
+    params = _fold(apply, box, targets, method, batches)
     flat, treedef = flatten_with_paths(params)
     if method.needs:
         solved = _walk(apply, params, targets, method, batches, recipe, resume)
@@ -95,16 +97,17 @@ def quantize(
     return add_activations(apply, tree, targets, batches)
 
 
-def _fold(apply: Any, params: Any, targets: dict[str, Target], method: Method, batches: list[Any]) -> Any:
-    """The parameters after what the method does to the model before it rounds."""
+def _fold(apply: Any, box: list[Any], targets: dict[str, Target], method: Method, batches: list[Any]) -> Any:
+    """The parameters in `box` after what the method does to the model before it rounds."""
     formats = {p: t.format for p, t in targets.items()}
 
     def statistics(params: Any, paths: Iterable[str], gram: bool = False) -> dict[str, Stats]:
         return calibrate(apply, params, batches, paths=paths, gram=gram)
 
     for fold in method.folds:
-        params = fold(Folding(apply, params, batches, formats, statistics))
-    return params
+        box.append(fold(Folding(apply, box.pop(), batches, formats, statistics)))
+        memory.give_back()
+    return box.pop()
 
 
 # --- one weight ---

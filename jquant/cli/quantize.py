@@ -59,10 +59,11 @@ def run(args: Namespace) -> None:
     started = time.monotonic()
     data = f", {len(text.windows)} windows of {args.length} tokens" if text else ""
     say(f"quantizing to {args.recipe} by {method.name}{data}")
+    # The only reference to the float weights is handed over: a fold replaces them, and there is no room for both.
+    params, model = [model.params], model._replace(params={})
     qparams = jax.block_until_ready(
-        jq.quantize(model.apply, model.params, recipe, method, batches(text, args.batch), resume=args.resume)
+        jq.quantize(model.apply, params.pop(), recipe, method, batches(text, args.batch), resume=args.resume)
     )
-    model = model._replace(params={})  # the float weights are not needed any more
     _save(args, model, qparams, method, recipe, text, time.monotonic() - started)
 
 

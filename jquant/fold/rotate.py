@@ -34,6 +34,7 @@ def rotate(seed: int = 0, *, stream: bool = True, heads: bool = True) -> Method:
 
     def fold(job: Folding) -> Any:
         params = _fold_gains(job)
+        job = job._replace(params=params)  # nothing holds the old ones
         program = read_program(job.apply, params, job.batches[0])
         found = find_rotations(program.line, program.leaves)
         blocks = [b for b in found.blocks if (stream if b.norm else heads)]
