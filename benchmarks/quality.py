@@ -59,7 +59,7 @@ FAMILIES = {
 }
 ROWS = list(dict.fromkeys([
     *(f"{BEST}:{f}" for f in (INT4, INT4A, INT3A, W8A8, FP8, "nvfp4-4o6", "mxfp4")), *PEER,
-    *(f"{m}:{W4A8}" for m in ("smoothquant+rtn", f"rotate+{GPTQ}", BEST)),
+    "rtn:int8+int8-mse-asym", *(f"{m}:{W4A8}" for m in ("smoothquant+rtn", f"rotate+{GPTQ}", BEST)),
 ]))  # fmt: skip
 
 
