@@ -22,6 +22,9 @@ def _values(fmt: Format) -> np.ndarray:
 def params_of(w: np.ndarray, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point (0 if symmetric) of each row taken as one block, float64 `[m, 1]`."""
     low, high = np.minimum(w.min(1, keepdims=True), 0), np.maximum(w.max(1, keepdims=True), 0)
+    if fmt.element == "ternary":  # BitNet's scale is a mean
+        high = np.abs(w).mean(1, keepdims=True)
+        low = -high
     if fmt.block == "tensor":
         low, high = np.full_like(low, low.min()), np.full_like(high, high.max())
     p = block_params(jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32), fmt)
