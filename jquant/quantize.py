@@ -192,17 +192,17 @@ def _walk(
     wanted = {p for p, t in targets.items() if t.observable}
     rounds = {p: t.activation for p, t in targets.items() if t.activation is not None and not t.activation.static}
     walk = Walk(apply, params, batches, wanted, method.needs, rounds)
-    solver = _Solver(walk, targets, method)
-    solver.prepare()
     store, start, solved = None, 0, {}
     if resume is not None:
         names = (repr(recipe), method.name, jax.__version__)
         store = Store(resume, fingerprint(list(walk.leaves), list(walk.leaves.values()), batches, *names))
-        if (state := store.state(len(batches))) is not None:
-            start, values = state
-            walk.restore(start, values)
-            done = {u for stop in walk.stops[:start] for u in stop}
-            solved = {u: q for u, q in store.units().items() if u in done}
+    solver = _Solver(walk, targets, method)
+    solver.prepare()
+    if store is not None and (state := store.state(len(batches))) is not None:
+        start, values = state
+        walk.restore(start, values)
+        done = {u for stop in walk.stops[:start] for u in stop}
+        solved = {u: q for u, q in store.units().items() if u in done}
 
     def after(stop: int, new: dict[Unit, QTensor]) -> None:
         if store is not None:
@@ -260,9 +260,12 @@ class _Solver:
 
     def _key(self, unit: Unit, stats: Observed | None) -> Any:
         """Units that can be solved as the rows of one matrix: the same statistics, the same format."""
-        fmt = self.targets[unit.path].format
-        alone = stats is None or not fmt.rows_apart
-        return (id(stats), fmt, unit if alone else None)
+        return (id(stats), *self._together(unit)) if stats is not None else (None, unit)
+
+    def _together(self, unit: Unit) -> Any:
+        """Of units with the same statistics, equal for those that are solved together."""
+        fmt = self._format(unit)
+        return (fmt, None if fmt.rows_apart else unit)
 
     def _solve(self, units: list[Unit], seen: Observed | None) -> dict[Unit, QTensor]:
         name = unit_name(units[0]) + (f" and {len(units) - 1} more" if len(units) > 1 else "")
@@ -296,13 +299,13 @@ class _Solver:
         """What `_solved` will be called with: the units of a stop read one array, most often in one way."""
         groups: dict[Any, list[Unit]] = {}
         for unit in units:
-            fmt, (contracted, batch), shape = self._format(unit), self._axes(unit), self._shape(unit)
+            (contracted, batch), shape = self._axes(unit), self._shape(unit)
             sizes = tuple(shape[a] for a in batch), math.prod(shape[a] for a in contracted)
-            groups.setdefault((fmt, *sizes, unit if fmt.block == "tensor" else None), []).append(unit)
+            groups.setdefault((*sizes, *self._together(unit)), []).append(unit)
         dtype = lambda u: jnp.result_type(held(self.walk.leaves[u.path]))
         return [
             (fmt, tuple(map(self._axes, group)), tuple((self._shape(u), dtype(u)) for u in group), lead, n)
-            for (fmt, lead, n, _), group in groups.items()
+            for (lead, n, fmt, _), group in groups.items()
         ]
 
     def _shape(self, unit: Unit) -> tuple[int, ...]:

@@ -300,7 +300,8 @@ def test_bf16_parameters_stay_bf16(model):
     assert jq.quantized(unrolled)(q, batches[0].astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_the_solvers_are_compiled_before_there_are_activations(model, monkeypatch):
+@pytest.mark.parametrize("fmt", [jq.INT3_G64, jq.NVFP4, jq.Format("int4", (2, 16))], ids=str)
+def test_the_solvers_are_compiled_before_there_are_activations(model, monkeypatch, fmt):
     """Compiling takes memory. Of the walk's solvers none is compiled behind its first stop."""
     params, batches = model
     behind, compiled = [], []
@@ -310,7 +311,8 @@ def test_the_solvers_are_compiled_before_there_are_activations(model, monkeypatc
         lambda event, seconds, **what: compiled.append(what.get("fun_name")) if behind and "compile" in event else None
     )
     try:
-        jq.quantize(unrolled, params, RECIPE, jq.gptq(damp=0.0137), batches)  # no other test's settings
+        recipe = {"head": None, "*": fmt}
+        jq.quantize(unrolled, params, recipe, jq.gptq(damp=0.0137), batches)  # no other test's settings
     finally:
         jax.monitoring.clear_event_listeners()
     assert compiled and not [name for name in compiled if name and "_solved" in name]
