@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jquant.core.errors import CheckpointError
+from jquant.core.per_use import held, is_per_use
 
 MANIFEST = "jquant.json"
 ARRAYS = "arrays"
@@ -32,7 +33,8 @@ FORMAT_VERSION = 2  # 2: a QTensor may have an activation, a leaf may be a PerUs
 
 def version_needed(leaves: Iterable[Any]) -> int:
     """The oldest version that can say what the leaves are: whoever knows only that one reads them right."""
-    return 2 if any(getattr(leaf, "activation", None) is not None for leaf in leaves) else 1
+    return 2 if any(is_per_use(leaf) or getattr(held(leaf), "activation", None) is not None for leaf in leaves) else 1
+
 
 _TMP, _OLD = ".jquant-tmp-", ".jquant-old-"
 

@@ -13,6 +13,7 @@ import pytest
 
 from jquant.checkpoint import folder, is_checkpoint, load, read_metadata, save, verify
 from jquant.core.errors import CheckpointError
+from jquant.core.per_use import PerUse
 from tests.checkpoint.cases import small_tree
 from tests.core.cases import same_tree
 
@@ -322,6 +323,13 @@ def test_a_newer_format_says_so_before_all_else(whole, tmp_path):
     for read in (load, read_metadata, verify):
         with pytest.raises(CheckpointError, match=r"version 3, written by jquant 9.1, .*up to 2; update jquant"):
             read(tmp_path / "c")
+
+
+def test_a_checkpoint_asks_for_no_newer_reader_than_it_needs(tmp_path):
+    table = jnp.ones((4, 3))
+    for name, leaf, version in (("plain", table, 1), ("per_use", PerUse(table, jnp.eye(3)), 2)):
+        save(tmp_path / name, {"table": leaf})
+        assert folder.read_manifest(tmp_path / name)["format_version"] == version
 
 
 def test_a_number_format_of_the_future(whole, tmp_path):
