@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 import jquant as jq
-import jquant.resume
 from jquant.core.method import Rounding
 from jquant.core.stats import Stats
-from jquant.walk import Walk
+from tests.interrupts import interrupt_walk
 from tests.test_quantize import (
     LAYERS,
     RECIPE,
@@ -82,16 +81,7 @@ def test_qronos_beats_gptq_on_inputs_it_did_not_see(model, by_qronos):
 
 def test_an_interrupted_run_ends_in_the_same_bits(model, by_qronos, tmp_path, monkeypatch):
     params, batches = model
-    monkeypatch.setattr(jquant.resume, "_SECONDS_BETWEEN_STATES", 0)
-    run, calls = Walk._stop, []
-
-    def interrupted(self, k, *args):
-        calls.append(k)
-        if calls == [0, 1, 2, 3]:
-            raise KeyboardInterrupt
-        return run(self, k, *args)
-
-    monkeypatch.setattr(Walk, "_stop", interrupted)
+    calls = interrupt_walk(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         jq.quantize(unrolled, params, RECIPE, jq.qronos(), batches, resume=tmp_path / "work")
     again = jq.quantize(unrolled, params, RECIPE, jq.qronos(), batches, resume=tmp_path / "work")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import jquant as jq
-import jquant.resume
 import jquant.walk
 from jquant.core.method import Rounding
 from jquant.core.stats import Stats
 from jquant.walk import Walk
+from tests.interrupts import interrupt_walk
 
 WIDTH, HIDDEN, LAYERS = 32, 64, 3
 
@@ -153,16 +153,7 @@ def test_same_call_same_bits(model, by_gptq):
 @pytest.mark.parametrize("stop", [1, 4])
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(model, by_gptq, stop, tmp_path, monkeypatch):
     params, batches = model
-    monkeypatch.setattr(jquant.resume, "_SECONDS_BETWEEN_STATES", 0)
-    run, calls = Walk._stop, []
-
-    def interrupted(self, k, *args):
-        calls.append(k)
-        if k == stop and len(calls) == stop + 1:
-            raise KeyboardInterrupt
-        return run(self, k, *args)
-
-    monkeypatch.setattr(Walk, "_stop", interrupted)
+    calls = interrupt_walk(monkeypatch, stop)
     with pytest.raises(KeyboardInterrupt):
         jq.quantize(unrolled, params, RECIPE, jq.gptq(), batches, resume=tmp_path / "work")
     again = jq.quantize(unrolled, params, RECIPE, jq.gptq(), batches, resume=tmp_path / "work")

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 import jquant as jq
-import jquant.resume
 from jquant.core.per_use import is_per_use
 from jquant.report import bytes_table
-from jquant.walk import Walk
 from tests.fold.models import BANK, MODELS
+from tests.interrupts import interrupt_walk
 
 INT4 = jq.parse_format("int4-g5-asym")
 CHAINS = [jq.chain(m, jq.rtn()) for m in (jq.rotate(), jq.awq(grid=3, clip=False), jq.smoothquant())]
@@ -140,20 +139,11 @@ def test_settings_are_checked(make):
 @pytest.mark.slow
 def test_an_interrupted_run_folds_again_and_ends_in_the_same_bits(tmp_path, monkeypatch):
     model, method = BANK["fused"], jq.chain(jq.rotate(), jq.awq(grid=2), jq.gptq())
-    monkeypatch.setattr(jquant.resume, "_SECONDS_BETWEEN_STATES", 0)
-    stop, calls = Walk._stop, []
-
-    def interrupted(self, k, *args):
-        calls.append(k)
-        if calls == [0, 1, 2]:
-            raise KeyboardInterrupt
-        return stop(self, k, *args)
-
     job = (model.apply, model.params, INT4, method, [model.args])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", jq.JQuantWarning)
         whole = jq.quantize(*job)
-        monkeypatch.setattr(Walk, "_stop", interrupted)
+        calls = interrupt_walk(monkeypatch, 2)
         with pytest.raises(KeyboardInterrupt):
             jq.quantize(*job, resume=tmp_path / "work")
         again = jq.quantize(*job, resume=tmp_path / "work")

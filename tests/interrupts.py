@@ -1,0 +1,21 @@
+"""A walk that is interrupted, for the tests of what goes on behind it."""
+
+import pytest
+
+import jquant.resume
+from jquant.walk import Walk
+
+
+def interrupt_walk(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
+    """Has the next walk interrupted in front of a stop, with its state kept at each. Returns the stops that begin."""
+    monkeypatch.setattr(jquant.resume, "_SECONDS_BETWEEN_STATES", 0)
+    run, calls = Walk._stop, []
+
+    def interrupted(self, k, *args):
+        calls.append(k)
+        if calls == [*range(stop + 1)]:
+            raise KeyboardInterrupt
+        return run(self, k, *args)
+
+    monkeypatch.setattr(Walk, "_stop", interrupted)
+    return calls
