@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jquant.core.method import Folding, Method
-from jquant.fold.groups import Group, Inputs, for_inputs, per_channel, scaled
-from jquant.solvers.awq import candidates, clip_solver, relative_size, scale_losses
+from jquant.core.text import call
+from jquant.fold.groups import Group, Inputs, per_channel, scaled, weight_losses
+from jquant.solvers.awq import candidates, clip_solver, relative_size
 
 
 def awq(*, grid: int = 20, clip: bool = True, max_shrink: float = 0.5) -> Method:
@@ -34,17 +34,15 @@ def awq(*, grid: int = 20, clip: bool = True, max_shrink: float = 0.5) -> Method
     def choose(group: Group, matrices: list[Inputs]) -> np.ndarray:
         x_mean, w_mean = _means(group, matrices)
         tried = candidates(x_mean, w_mean, grid)
-        return tried[int(np.argmin(_losses(group, matrices, tried)))]
+        return tried[int(np.argmin(weight_losses(group, matrices, tried)))]
 
     def fold(job: Folding) -> Any:
         return scaled(job, "awq", choose, gram=True)
 
     factors = tuple(1 - i / 20 for i in range(1, int(round(max_shrink * 20)) + 1))
-    said: dict[str, Any] = {"grid": grid if grid != 20 else None, "clip": None if clip else False}
-    said["max_shrink"] = max_shrink if max_shrink != 0.5 else None
-    name = ", ".join(f"{k}={v}" for k, v in said.items() if v is not None)
+    name = call("awq", grid=(grid, 20), clip=(clip, True), max_shrink=(max_shrink, 0.5))
     solve, needs = (clip_solver(factors), frozenset({"gram"})) if clip else (None, frozenset[str]())
-    return Method(f"awq({name})", solve, needs, (fold,), frozenset({"gram", "mean_abs"}))
+    return Method(name, solve, needs, (fold,), frozenset({"gram", "mean_abs"}))
 
 
 def _means(group: Group, matrices: list[Inputs]) -> tuple[np.ndarray, np.ndarray]:
@@ -55,18 +53,3 @@ def _means(group: Group, matrices: list[Inputs]) -> tuple[np.ndarray, np.ndarray
     rows = per_channel(group, [np.full(len(o), i.weight.shape[0]) for o, i in zip(ones, matrices)], np.add, 0.0)
     w = per_channel(group, [np.asarray(relative_size(i.weight, i.format)) for i in matrices], np.add, 0.0) / rows
     return x, w
-
-
-def _losses(group: Group, matrices: list[Inputs], tried: np.ndarray) -> np.ndarray:
-    """The output error of all matrices of a group under each candidate, `[k]`."""
-    total = np.zeros(len(tried))
-    together: dict[Any, list[int]] = {}
-    for i, (m, own) in enumerate(zip(group.matrices, matrices, strict=True)):
-        shared = m.channels.tobytes() if own.format.block != "tensor" else i
-        together.setdefault((own.same, own.format, shared), []).append(i)
-    for numbers in together.values():
-        first = matrices[numbers[0]]
-        w = jnp.concatenate([matrices[i].weight for i in numbers])
-        scales = jnp.asarray(for_inputs(group.matrices[numbers[0]], tried), jnp.float32)
-        total += np.asarray(scale_losses(w, first.stats.gram, scales, first.format), np.float64)
-    return total

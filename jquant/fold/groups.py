@@ -14,10 +14,12 @@ from jquant.core.method import Folding
 from jquant.core.per_use import held
 from jquant.core.qtensor import to_rows
 from jquant.core.stats import Stats
+from jquant.core.text import some
 from jquant.fold.flow import Flow
 from jquant.fold.info import Fold
 from jquant.fold.program import Program, apply_fold, prove, read_program, warn_refused
 from jquant.fold.scales import find_scales, scaling
+from jquant.solvers.awq import scale_losses
 from jquant.trace.function import call_args
 from jquant.trace.sites import Site, find_sites
 
@@ -171,7 +173,7 @@ def scaled(
     sites = find_sites(job.apply, job.params, *args, **kwargs).by_path()
     found = find_groups(program, sites, job.formats)
     if found.without:
-        job.miss(name, f"nothing in front of {_some(found.without)} can take up a scale of its input; left as it is")
+        job.miss(name, f"nothing in front of {some(found.without)} can take up a scale of its input; left as it is")
     chosen: list[tuple[Group, np.ndarray]] = []
     for part in _portions([g for g in found.groups if wanted(g)], budget if gram else None):
         stats = job.calibrate(job.params, list({m.site.path for g in part for m in g.matrices}), gram=gram)
@@ -206,11 +208,6 @@ def _portions(groups: list[Group], budget: int | None) -> Iterator[list[Group]]:
         yield part
 
 
-def _some(paths: Iterable[str]) -> str:
-    paths = list(paths)
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-
-
 def per_channel(group: Group, values: list[np.ndarray], how: Any, start: float) -> np.ndarray:
     """A number for each of the group's channels from those `[n]` of its matrices' inputs, joined by a ufunc `how`."""
     out = np.full(len(group.classes), start)
@@ -223,3 +220,18 @@ def per_channel(group: Group, values: list[np.ndarray], how: Any, start: float) 
 def for_inputs(m: Matrix, s: np.ndarray) -> np.ndarray:
     """The group's scales `[..., channels]` for the n inputs of a matrix; 1 where it can't be scaled."""
     return np.where(m.channels >= 0, s[..., np.maximum(m.channels, 0)], 1.0)
+
+
+def weight_losses(group: Group, matrices: list[Inputs], tried: np.ndarray) -> np.ndarray:
+    """tr(E H E^T), summed over the matrices of a group, under each of the candidates `tried` `[k, channels]`: `[k]`."""
+    total = np.zeros(len(tried))
+    together: dict[Any, list[int]] = {}
+    for i, (m, own) in enumerate(zip(group.matrices, matrices, strict=True)):
+        shared = m.channels.tobytes() if own.format.rows_apart else i
+        together.setdefault((own.same, own.format, shared), []).append(i)
+    for numbers in together.values():
+        first = matrices[numbers[0]]
+        w = jnp.concatenate([matrices[i].weight for i in numbers])
+        scales = jnp.asarray(for_inputs(group.matrices[numbers[0]], tried), jnp.float32)
+        total += np.asarray(scale_losses(w, first.stats.gram, scales, first.format), np.float64)
+    return total

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jquant.core.formats import compute_params, decode, encode
 from jquant.core.method import Folding, Method
-from jquant.fold.groups import Group, Inputs, for_inputs, per_channel, scaled
+from jquant.core.text import call
+from jquant.fold.groups import Group, Inputs, for_inputs, per_channel, scaled, weight_losses
 
 _ALPHAS = tuple(i / 20 for i in range(20))
 
@@ -38,16 +37,15 @@ def smoothquant(alpha: float | None = 0.5, *, everywhere: bool = False, activati
         if alpha is not None:
             return _scales(x, w, alpha)
         tried = np.stack([np.ones_like(x), *[_scales(x, w, a) for a in _ALPHAS]])
-        return tried[int(np.argmin([_loss(group, matrices, s, activation_bits) for s in tried]))]
+        return tried[int(np.argmin(_losses(group, matrices, tried, activation_bits)))]
 
     def fold(job: Folding) -> Any:
         wanted = (lambda g: True) if everywhere else (lambda g: g.norm)
         return scaled(job, "smoothquant", choose, gram=alpha is None, wanted=wanted)
 
-    parts = [f"alpha={alpha}"] * (alpha != 0.5) + ["everywhere=True"] * everywhere
-    parts += [f"activation_bits={activation_bits}"] * (activation_bits != 8)
+    said = {"alpha": (alpha, 0.5), "everywhere": (everywhere, False), "activation_bits": (activation_bits, 8)}
     fold_needs = frozenset({"absmax"} if alpha is not None else {"absmax", "gram"})
-    return Method(f"smoothquant({', '.join(parts)})", None, folds=(fold,), fold_needs=fold_needs)
+    return Method(call("smoothquant", **said), None, folds=(fold,), fold_needs=fold_needs)
 
 
 def _scales(x: np.ndarray, w: np.ndarray, alpha: float) -> np.ndarray:
@@ -57,20 +55,16 @@ def _scales(x: np.ndarray, w: np.ndarray, alpha: float) -> np.ndarray:
     return np.where(dead, 1, np.clip(s, 1e-5, 1e5))
 
 
-def _loss(group: Group, matrices: list[Inputs], s: np.ndarray, bits: int) -> float:
-    """An estimate of the squared error of the outputs.
+def _losses(group: Group, matrices: list[Inputs], tried: np.ndarray, bits: int) -> np.ndarray:
+    """An estimate of the squared error of the outputs under each of the scales `tried` `[k, channels]`: `[k]`.
 
     Of the weights: tr(E H E^T). Of the activations: an error uniform within a step on every entry, steps from the
     largest |X_j| / s_j, which meets the weights as they then are.
     """
-    total = 0.0
+    total = weight_losses(group, matrices, tried)
     for m, own in zip(group.matrices, matrices, strict=True):
-        by = for_inputs(m, s)
-        rows = own.weight * jnp.asarray(by, jnp.float32)
-        params = compute_params(rows, own.format)
-        e = (decode(encode(rows, params, own.format), params, own.format) - rows) / jnp.asarray(by, jnp.float32)
-        assert own.stats.gram is not None
-        of_weights = float(jnp.sum((e @ own.stats.gram) * e))
-        step = float(np.max(np.asarray(own.stats.absmax) / by)) / (2 ** (bits - 1) - 0.5)
-        total += of_weights + float(own.stats.tokens) * step**2 / 12 * float(jnp.sum(rows**2))
+        by = for_inputs(m, tried)
+        step = np.max(np.asarray(own.stats.absmax) / by, axis=-1) / (2 ** (bits - 1) - 0.5)
+        squares = by**2 @ np.sum(np.asarray(own.weight, np.float64) ** 2, axis=0)
+        total += float(own.stats.tokens) * step**2 / 12 * squares
     return total
