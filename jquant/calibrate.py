@@ -12,7 +12,7 @@ from jquant.core.stats import Stats, merge
 from jquant.progress import Progress
 from jquant.trace import interpreter, view
 from jquant.trace.function import Traced, call_args, call_key, trace_call
-from jquant.trace.observe import Observed, ObserveReader, gather_stats, merge_all
+from jquant.trace.observe import Observed, ObserveReader, gather_stats, merge_all, nothing
 
 __all__ = ["Stats", "calibrate", "merge"]
 
@@ -77,14 +77,13 @@ def _program(programs: Any, apply: Any, params: Any, args: Any, kwargs: Any, *wh
         traced = trace_call(apply, params, args, kwargs)
         reader = ObserveReader(*what)
         observe = _observer(traced, reader)
-        zeros = jax.eval_shape(observe, traced.leaves, arrays)
+        seen = jax.eval_shape(observe, traced.leaves, arrays)
         # Sums in place: with a Gram matrix for every input of a model, a second set of them would not fit.
         add = jax.jit(lambda leaves, arrays, totals: merge_all(totals, observe(leaves, arrays)), donate_argnums=2)
-        programs[key] = (add, zeros, reader, traced)
-    add, zeros, reader, traced = programs[key]
+        programs[key] = (add, seen, reader, traced)
+    add, seen, reader, traced = programs[key]
     shapes = {p: tuple(jnp.shape(held(v))) for p, v in zip(traced.paths, traced.leaves, strict=True)}
-    start = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), zeros)
-    return lambda totals: add(traced.leaves, arrays, start() if totals is None else totals), reader, shapes
+    return lambda totals: add(traced.leaves, arrays, nothing(seen) if totals is None else totals), reader, shapes
 
 
 def _observer(traced: Traced, reader: ObserveReader) -> Callable[..., dict[int, Observed]]:

@@ -55,8 +55,8 @@ def quantize(
     that only `quantized` reads, which holds a small map for each of its two uses.
 
     Where the recipe has a `Policy`, the inputs of the matmuls are rounded too when `quantized` runs them, and in the
-    walk, so that weights are solved for rounded inputs. Static ranges are calibrated at its end, on what the quantized
-    weights produce; inputs that have one are not rounded in the walk.
+    walk, so that weights are solved for rounded inputs. Not rounded in the walk are those of convolutions and ragged
+    products, and those with a static range: that is calibrated at its end, on what the quantized weights produce.
 
     Args:
       apply: `apply(params, *args)`, pure.

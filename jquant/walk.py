@@ -22,9 +22,9 @@ from jquant.core.per_use import held, holding
 from jquant.core.qtensor import is_qtensor
 from jquant.progress import Progress
 from jquant.trace.function import call_args, call_key, trace_call
-from jquant.trace.observe import Member, Observed
+from jquant.trace.observe import Member, Observed, merge_all, nothing
 from jquant.trace.program import Line, Operand, Part, Sym, Unit, plan
-from jquant.trace.streams import STREAMS
+from jquant.trace.streams import Both, Weights, in_both
 
 
 class Job(NamedTuple):
@@ -42,18 +42,6 @@ class Job(NamedTuple):
 
 
 Solve = Callable[[list[Job], dict[int, Observed]], dict[Unit, Any]]
-
-
-class Both(NamedTuple):
-    """A value in both streams.
-
-    Attributes:
-      value: the quantized model's.
-      other: the float model's; of floats what it is more, in bfloat16: half the memory for a small difference.
-    """
-
-    value: Any
-    other: Any
 
 
 class _Batch:
@@ -174,7 +162,7 @@ class Walk:
             operands = [self._value(o, done, values) for o in part.operands]
             fn, run, model = self._compile(part)
             if totals is None:
-                totals = _zeros(jax.eval_shape(run, inputs, operands)[1])
+                totals = nothing(jax.eval_shape(run, inputs, operands)[1])
             outs, totals = fn(inputs, operands, totals)
             batch.advance(part, outs)
             jax.block_until_ready(totals)  # one batch's temporaries at a time
@@ -187,7 +175,7 @@ class Walk:
 
     def _compile(self, part: Part) -> tuple[Any, Any, Part]:
         if part.key not in self.compiled:
-            run = _in_both(part.run) if self.two else part.run
+            run = in_both(part.run) if self.two else part.run
             self.compiled[part.key] = (jax.jit(_accumulating(run), donate_argnums=2), run, part)
         return self.compiled[part.key]
 
@@ -199,7 +187,7 @@ class Walk:
             value = kept.apply_cuts(holding(whole, done[unit]) if unit in done else whole, operand.cuts)
             value = _decoded(value) if is_qtensor(held(value)) else value
             if self.two and unit in done:
-                value = _Weights(value, kept.apply_cuts(whole, operand.cuts))
+                value = Weights(value, kept.apply_cuts(whole, operand.cuts))
             values[operand] = value
         return values[operand]
 
@@ -232,45 +220,7 @@ class Walk:
             batch.live = dict(zip(live, arrays, strict=True))
 
 
-class _Weights(NamedTuple):
-    """A weight of the quantized model, and of the float model."""
-
-    value: Any
-    other: Any
-
-
 _decoded: Any = jax.jit(lambda q: q.dequantize())
-
-
-def _in_both(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A part's `run` on both streams: what it takes and gives is `Both` where they may differ."""
-
-    def both(inputs: list[Any], operands: list[Any]) -> tuple[list[Any], dict[int, Observed]]:
-        values = [_stacked(x) for x in (*inputs, *operands)]
-        arrays, axes = [v for v, _ in values], [a for _, a in values]
-        n = len(inputs)
-        mapped = jax.vmap(
-            run, in_axes=(axes[:n], axes[n:]), out_axes=(0, None), axis_size=2, axis_name=STREAMS
-        )  # fmt: skip
-        outs, seen = mapped(arrays[:n], arrays[n:])
-        return [_parted(o) for o in outs], seen
-
-    return both
-
-
-def _stacked(x: Any) -> tuple[Any, int | None]:
-    """A value with a leading axis of both streams, and 0; or one that is the same in both, and None."""
-    if isinstance(x, Both) and jnp.issubdtype(x.value.dtype, jnp.floating):
-        x = Both(x.value, x.value + x.other.astype(x.value.dtype))
-    if isinstance(x, (Both, _Weights)):
-        return jax.tree.map(lambda a, b: jnp.stack([a, b]), x.value, x.other), 0
-    return x, None
-
-
-def _parted(pair: jax.Array) -> Both:
-    if jnp.issubdtype(pair.dtype, jnp.floating):
-        return Both(pair[0], (pair[1] - pair[0]).astype(jnp.bfloat16))
-    return Both(pair[0], pair[1])
 
 
 def _accumulating(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -280,13 +230,9 @@ def _accumulating(run: Callable[..., Any]) -> Callable[..., Any]:
         inputs: list[Any], operands: list[Any], totals: dict[int, Observed]
     ) -> tuple[list[Any], dict[int, Observed]]:
         outs, seen = run(inputs, operands)
-        return outs, {k: totals[k].merge(v) for k, v in seen.items()}
+        return outs, merge_all(totals, seen)
 
     return step
-
-
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def unit_name(unit: Unit) -> str:

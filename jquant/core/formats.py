@@ -26,7 +26,7 @@ from jquant.core.scales import Outer, choose_outer, safe, scale_values, spread_r
 __all__ = [
     "ELEMENTS", "FOUR_OVER_SIX", "NF4_VALUES", "PRESETS", "BlockParams", "Element", "Format", "block_counts",
     "block_error", "block_extremes", "block_params", "code_table", "compute_params", "decode", "decode_codes", "encode",
-    "encode_scaled", "parse_format", "reduce_blocks", "row_params", "spread", "to_blocks",
+    "encode_scaled", "parse_format", "reduce_blocks", "row_params", "spread", "store_zero", "to_blocks",
 ]  # fmt: skip
 
 FOUR_OVER_SIX = 6 / 4  # a block's second candidate: a range that much wider
@@ -148,10 +148,14 @@ def block_params(
     scale = store_scale(ideal, absmax, fmt, outer)
     if fmt.symmetric:
         return BlockParams(scale, None, outer)
-    zero = -low / safe(scale_values(scale, outer, fmt))
+    return BlockParams(scale, store_zero(-low / safe(scale_values(scale, outer, fmt)), fmt), outer)
+
+
+def store_zero(zero: jax.Array, fmt: Format) -> jax.Array:
+    """Zero points in the dtype of the format: within its codes, and one of them unless they may lie between."""
     if fmt.zero_dtype == "uint8":
         zero = jnp.round(zero)
-    return BlockParams(scale, jnp.clip(zero, 0, top).astype(fmt.zero_dtype), outer)
+    return jnp.clip(zero, 0, 2**fmt.bits - 1).astype(fmt.zero_dtype)
 
 
 def compute_params(rows: jax.Array, fmt: Format, stacked: int = 0) -> BlockParams:

@@ -64,7 +64,8 @@ class Method(NamedTuple):
         leading axis, or None.
       folds: what it does to the model before rounding, in order: `Folding -> params`, the same function of the inputs.
       fold_needs: the statistics that its folds read, likewise; a rotation reads none.
-      needs: the statistics that `solve` reads: a subset of {"gram", "absmax", "mean_abs"}; empty for data-free methods.
+      needs: the statistics that `solve` reads: a subset of {"gram", "absmax", "mean_abs", "cross"}; empty for methods
+        without data. "cross" has the walk carry the float model's activations too.
     """
 
     name: str

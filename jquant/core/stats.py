@@ -56,3 +56,24 @@ def merge(a: Stats, b: Stats) -> Stats:
 
 def _both(combine: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
     return None if a is None or b is None else combine(a, b)
+
+
+def checked_gram(name: str, rows: jax.Array, stats: Stats | None) -> jax.Array:
+    """The Gram matrices `[batch, n, n]` that the method `name` needs for rows `[batch, m, n]`, or a ValueError."""
+    gram = None if stats is None else stats.gram
+    return _checked(name, rows, gram, "Gram matrix", "calibrate with needs={'gram'}")
+
+
+def checked_cross(name: str, rows: jax.Array, stats: Stats | None) -> jax.Array:
+    """The cross matrices, likewise."""
+    cross = None if stats is None else stats.cross
+    return _checked(name, rows, cross, "cross matrix", "only the walk of `quantize`, which runs both models, has it")
+
+
+def _checked(name: str, rows: jax.Array, matrix: jax.Array | None, what: str, where: str) -> jax.Array:
+    batch, _, n = rows.shape
+    if matrix is None:
+        raise ValueError(f"{name}: needs stats with a {what}; {where}")
+    if matrix.shape != (batch, n, n):
+        raise ValueError(f"{name}: rows {rows.shape} need a {what} {(batch, n, n)}, not {matrix.shape}")
+    return matrix

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jquant.core.text import columns, some
 from jquant.fold.groups import find_groups
 from jquant.fold.program import read_program
 from jquant.fold.rotate import find_gains
@@ -51,13 +52,9 @@ class Folds(Sequence[FoldFound]):
         return [f for f in self if f.kind == kind]
 
     def __repr__(self) -> str:
-        some = lambda paths: ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         rows = [("kind", "channels", "producers", "readers", "note")]
         rows += [(f.kind, str(f.channels or ""), some(f.producers), some(f.readers), f.note) for f in self]
-        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join(lines)
+        return columns(rows)
 
 
 def find_folds(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Folds:

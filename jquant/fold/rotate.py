@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jquant.core.method import Folding, Method
+from jquant.core.text import call
 from jquant.fold.flow import Flow
 from jquant.fold.hadamard import random_rotation
 from jquant.fold.info import Fold, Role
@@ -62,8 +63,7 @@ def rotate(seed: int = 0, *, stream: bool = True, heads: bool = True) -> Method:
             job.miss("rotate", "no residual stream was found that could be rotated")
         return apply_fold(make(good), params) if good else params
 
-    parts = [f"seed={seed}"] * bool(seed) + ["stream=False"] * (not stream) + ["heads=False"] * (not heads)
-    return Method(f"rotate({', '.join(parts)})", None, folds=(fold,))
+    return Method(call("rotate", seed=(seed, 0), stream=(stream, True), heads=(heads, True)), None, folds=(fold,))
 
 
 class _Gain(NamedTuple):

@@ -22,7 +22,8 @@ from jquant.core.formats import (
     to_blocks,
 )
 from jquant.core.method import Rounding
-from jquant.core.stats import Stats
+from jquant.core.stats import Stats, checked_gram
+from jquant.solvers.gptq import unit_hessian
 from jquant.solvers.rtn import search_factors
 
 _FULL = lax.Precision.HIGHEST
@@ -140,16 +141,12 @@ def clip_solver(factors: tuple[float, ...]):
     """The solver that chooses scales by `clip_search`, and rounds to nearest; scales chosen before are kept."""
 
     def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
-        if stats is None or stats.gram is None:
-            raise ValueError("awq: needs stats with a Gram matrix; calibrate with needs={'gram'}")
+        gram = checked_gram("awq", state.rows, stats).astype(jnp.float32)
         rows = state.rows.astype(jnp.float32)
         params = state.params
         if params is None:
             # A mean diagonal of one: sums over many tokens would come close to the end of float32.
-            h = stats.gram.astype(jnp.float32)
-            mean = jnp.mean(jnp.diagonal(h, axis1=-2, axis2=-1), axis=-1)[:, None, None]
-            h = h / jnp.where(mean > 0, mean, 1)
-            params = lax.map(lambda xs: clip_search(xs[0], xs[1], fmt, factors), (rows, h))
+            params = lax.map(lambda xs: clip_search(xs[0], unit_hessian(xs[1])[0], fmt, factors), (rows, gram))
         codes = jax.vmap(lambda r, p: encode(r, p, fmt))(rows, params)
         return state._replace(params=params, codes=codes)
 

@@ -19,9 +19,10 @@ from jax import lax
 from jquant.core.formats import Format
 from jquant.core.method import Method, Rounding
 from jquant.core.stats import Stats
-from jquant.solvers.gptq import Settings, checked_gram, sweep_rows, unit_hessian
+from jquant.core.text import call
+from jquant.solvers.gptq import Settings, sweep_rows, unit_hessian
 from jquant.solvers.linalg import HIGHEST, damped_udu, unit_upper_inverse
-from jquant.solvers.qronos import checked_cross, unit_cross
+from jquant.solvers.qronos import both_streams
 
 
 def gptaq(
@@ -41,21 +42,18 @@ def gptaq(
     settings = Settings.checked("gptaq", act_order, damp, block_size, search)
 
     def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
-        gram, cross = checked_gram("gptaq", state.rows, stats), checked_cross("gptaq", state.rows, stats)
-        rows = state.rows.astype(jnp.float64 if gram.dtype == jnp.float64 else jnp.float32)
+        rows, gram, cross = both_streams("gptaq", state, stats)
         moved = lax.map(lambda xs: _moved(*xs, settings=settings), (rows, gram, cross))
         return sweep_rows(state._replace(rows=rows + alpha * moved), gram, fmt, settings)
 
-    said = ", ".join(filter(None, [settings.said(), f"alpha={alpha}" if alpha != 0.25 else ""]))
-    return Method(f"gptaq({said})", solve, frozenset({"gram", "cross"}))
+    return Method(call("gptaq", **settings.said(), alpha=(alpha, 0.25)), solve, frozenset({"gram", "cross"}))
 
 
 def _moved(rows: jax.Array, gram: jax.Array, cross: jax.Array, *, settings: Settings) -> jax.Array:
     """W P, `[m, n]`, with the columns in the order in which they are rounded."""
     h, dead = unit_hessian(gram)
-    c = unit_cross(gram, cross)
     order = jnp.argsort(-jnp.diagonal(h), stable=True) if settings.act_order else jnp.arange(len(h))
-    h, c, dead = h[order][:, order], c[order][:, order], dead[order]
+    h, c, dead = h[order][:, order], cross[order][:, order], dead[order]
     u, d, _ = damped_udu(h + jnp.diag(dead), settings.damp)
     v = unit_upper_inverse(u)
     p = jnp.matmul(jnp.triu(jnp.matmul(c, v.T, precision=HIGHEST), 1) / d, v, precision=HIGHEST)

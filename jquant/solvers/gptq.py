@@ -24,7 +24,7 @@ Where the authors' code (github.com/IST-DASLab/gptq) differs from this file:
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,8 @@ from jax import lax
 from jquant.core.formats import BlockParams, Format, compute_params, encode
 from jquant.core.method import Method, Rounding
 from jquant.core.scales import Outer, spread_outer, spread_rows
-from jquant.core.stats import Stats
+from jquant.core.stats import Stats, checked_gram
+from jquant.core.text import call
 from jquant.solvers import ldlq
 from jquant.solvers.linalg import HIGHEST, damped_udu
 from jquant.solvers.rtn import search_params, shrink_factors
@@ -68,7 +69,7 @@ def gptq(act_order: bool = False, damp: float = 0.01, block_size: int = 128, sea
     def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
         return sweep_rows(state, checked_gram("gptq", state.rows, stats), fmt, settings)
 
-    return Method(f"gptq({settings.said()})", solve, frozenset({"gram"}))
+    return Method(call("gptq", **settings.said()), solve, frozenset({"gram"}))
 
 
 class Settings(NamedTuple):
@@ -86,10 +87,9 @@ class Settings(NamedTuple):
             raise ValueError(f"{name}: needs damp >= 0 and block_size >= 1, got damp={damp}, block_size={block_size}")
         return cls(act_order, damp, block_size, search)
 
-    def said(self) -> str:
-        """What is not the default, as in a call."""
-        values = {"act_order": self.act_order or None, "damp": self.damp if self.damp != 0.01 else None}
-        return ", ".join(f"{k}={v}" for k, v in {**values, "search": self.search or None}.items() if v is not None)
+    def said(self) -> dict[str, tuple[Any, Any]]:
+        """What a method's name says of them, for `core.text.call`; the block size changes no result."""
+        return {"act_order": (self.act_order, False), "damp": (self.damp, 0.01), "search": (self.search, False)}
 
 
 def sweep_rows(
@@ -108,16 +108,6 @@ def sweep_rows(
     # One matrix after the other: a single one keeps the machine busy, and the temporaries of one are enough.
     codes, params, notes = lax.map(lambda xs: one(*xs), (state.rows, gram, state.params, first))
     return Rounding(state.rows, params, codes, state.notes | notes)
-
-
-def checked_gram(name: str, rows: jax.Array, stats: Stats | None) -> jax.Array:
-    """The Gram matrix, or an error that says what is wrong with it."""
-    batch, _, n = rows.shape
-    if stats is None or stats.gram is None:
-        raise ValueError(f"{name}: needs stats with a Gram matrix; calibrate with needs={{'gram'}}")
-    if stats.gram.shape != (batch, n, n):
-        raise ValueError(f"{name}: rows {rows.shape} need a Gram matrix {(batch, n, n)}, not {stats.gram.shape}")
-    return stats.gram
 
 
 def _solve_one(

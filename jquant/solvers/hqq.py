@@ -33,9 +33,11 @@ from jquant.core.formats import (
     reduce_blocks,
     row_params,
     spread,
+    store_zero,
 )
 from jquant.core.method import Method, Rounding
 from jquant.core.stats import Stats
+from jquant.core.text import call
 
 
 def hqq(p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iters: int = 20) -> Method:
@@ -72,8 +74,7 @@ def hqq(p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iters: int = 20
         params = best_zero_points(rows, start, fmt, p, beta, kappa, iters)
         return state._replace(params=params, codes=encode(rows, params, fmt))
 
-    said = {"p": (p, 0.7), "beta": (beta, 10.0), "kappa": (kappa, 1.01), "iters": (iters, 20)}
-    return Method(f"hqq({', '.join(f'{k}={v}' for k, (v, usual) in said.items() if v != usual)})", solve)
+    return Method(call("hqq", p=(p, 0.7), beta=(beta, 10.0), kappa=(kappa, 1.01), iters=(iters, 20)), solve)
 
 
 class _State(NamedTuple):
@@ -105,7 +106,7 @@ def best_zero_points(
     def step(s: _State) -> _State:
         w_q, z = codes(s.zero), wide(s.zero)
         w_e = shrink(w - (w_q - z), beta * kappa ** s.i.astype(jnp.float32), p)
-        zero = _stored(sums(w_q - (w - w_e)) / count, fmt)
+        zero = store_zero(sums(w_q - (w - w_e)) / count, fmt)
         loss = losses(zero)
         better = loss < s.loss
         best, least = jnp.where(better, zero, s.best), jnp.where(better, loss, s.loss)
@@ -122,9 +123,3 @@ def shrink(x: jax.Array, beta: jax.Array | float, p: float) -> jax.Array:
     size = jnp.abs(x)
     power = jnp.where(size == 0, 1, size) ** (p - 1)
     return jnp.sign(x) * jnp.maximum(size - power / beta, 0)
-
-
-def _stored(zero: jax.Array, fmt: Format) -> jax.Array:
-    """A zero point as the format stores it."""
-    zero = jnp.clip(zero, 0, 2**fmt.bits - 1)
-    return (jnp.round(zero) if fmt.zero_dtype == "uint8" else zero).astype(fmt.zero_dtype)

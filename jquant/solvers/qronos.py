@@ -24,8 +24,9 @@ from jax import lax
 
 from jquant.core.formats import Format
 from jquant.core.method import Method, Rounding
-from jquant.core.stats import Stats
-from jquant.solvers.gptq import Settings, checked_gram, sweep_rows, unit_hessian
+from jquant.core.stats import Stats, checked_cross, checked_gram
+from jquant.core.text import call
+from jquant.solvers.gptq import Settings, sweep_rows, unit_hessian
 from jquant.solvers.linalg import HIGHEST, damped_udu, unit_upper_inverse
 
 
@@ -53,37 +54,28 @@ def qronos(
     settings = Settings.checked("qronos", act_order, damp, block_size, search)
 
     def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
-        gram, cross = checked_gram("qronos", state.rows, stats), checked_cross("qronos", state.rows, stats)
-        rows = state.rows.astype(jnp.float64 if gram.dtype == jnp.float64 else jnp.float32)
+        rows, gram, cross = both_streams("qronos", state, stats)
         moved, first = lax.map(lambda xs: _moved(*xs, damp=damp), (rows, gram, cross))
         state = state._replace(rows=rows + moved)
         return sweep_rows(state, gram, fmt, settings, rows + first if paper_first_column else None)
 
-    said = ", ".join(filter(None, [settings.said(), "paper_first_column=True" if paper_first_column else ""]))
-    return Method(f"qronos({said})", solve, frozenset({"gram", "cross"}))
+    name = call("qronos", **settings.said(), paper_first_column=(paper_first_column, False))
+    return Method(name, solve, frozenset({"gram", "cross"}))
 
 
-def checked_cross(name: str, rows: jax.Array, stats: Stats | None) -> jax.Array:
-    """C, or an error that says that it is missing."""
-    batch, _, n = rows.shape
-    if stats is None or stats.cross is None:
-        raise ValueError(f"{name}: needs stats with a cross matrix of both models; only the walk of `quantize` has it")
-    if stats.cross.shape != (batch, n, n):
-        raise ValueError(f"{name}: rows {rows.shape} need a cross matrix {(batch, n, n)}, not {stats.cross.shape}")
-    return stats.cross
-
-
-def unit_cross(gram: jax.Array, cross: jax.Array) -> jax.Array:
-    """C in the units of `unit_hessian`."""
-    mean = jnp.mean(jnp.diagonal(gram))
-    return (cross / jnp.where(mean > 0, mean, 1)).astype(gram.dtype)
+def both_streams(name: str, state: Rounding, stats: Stats | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """W, H and C, batched: W in the dtype that is calculated in, C in the units of `unit_hessian`."""
+    gram, cross = checked_gram(name, state.rows, stats), checked_cross(name, state.rows, stats)
+    mean = jnp.mean(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[:, None, None]
+    cross = (cross / jnp.where(mean > 0, mean, 1)).astype(gram.dtype)
+    return state.rows.astype(jnp.float64 if gram.dtype == jnp.float64 else jnp.float32), gram, cross
 
 
 def _moved(rows: jax.Array, gram: jax.Array, cross: jax.Array, *, damp: float) -> tuple[jax.Array, jax.Array]:
     """W* - W, and the first targets less W, both `[m, n]`."""
     h, dead = unit_hessian(gram)
     u, d, damping = damped_udu(h + jnp.diag(dead), damp)
-    right = jnp.matmul(rows, unit_cross(gram, cross), precision=HIGHEST)
+    right = jnp.matmul(rows, cross, precision=HIGHEST)
     v = unit_upper_inverse(u)  # inv(U D U^T) = V^T inv(D) V
     moved = jnp.matmul(jnp.matmul(right, v.T, precision=HIGHEST) / d, v, precision=HIGHEST)
     return moved, right / (jnp.diagonal(h) + dead + damping)

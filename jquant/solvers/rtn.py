@@ -20,7 +20,7 @@ from jquant.core.formats import (
 )
 from jquant.core.method import Method, Rounding
 from jquant.core.scales import Outer
-from jquant.core.stats import Stats
+from jquant.core.stats import Stats, checked_gram
 
 
 def rtn(search: bool = False, *, grid: int = 100, max_shrink: float = 0.6, weighted: bool = False) -> Method:
@@ -49,7 +49,7 @@ def rtn(search: bool = False, *, grid: int = 100, max_shrink: float = 0.6, weigh
         rows = state.rows.astype(jnp.float32)
         params = state.params
         if params is None:
-            params = search_params(rows, fmt, factors, _mean_square(stats) if weighted else None, stacked=1)
+            params = search_params(rows, fmt, factors, _mean_square(rows, stats) if weighted else None, stacked=1)
         return state._replace(params=params, codes=encode(rows, params, fmt))
 
     name = f"rtn({'weighted=True' if weighted else 'search=True' if search else ''})"
@@ -111,10 +111,9 @@ def search_params(
     return BlockParams(*chosen, first.outer)
 
 
-def _mean_square(stats: Stats | None) -> jax.Array:
+def _mean_square(rows: jax.Array, stats: Stats | None) -> jax.Array:
     """Mean square of every input channel relative to the largest, `[batch, 1, n]`; ones where no token was seen."""
-    if stats is None or stats.gram is None:
-        raise ValueError("rtn(weighted=True): needs stats with a Gram matrix; calibrate with needs={'gram'}")
-    diagonal = jnp.diagonal(stats.gram, axis1=-2, axis2=-1)[:, None].astype(jnp.float32)
+    gram = checked_gram("rtn(weighted=True)", rows, stats)
+    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)[:, None].astype(jnp.float32)
     top = jnp.max(diagonal, axis=-1, keepdims=True)
     return jnp.where(top > 0, diagonal / jnp.where(top > 0, top, 1), 1)

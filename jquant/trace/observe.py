@@ -47,6 +47,11 @@ def merge_all(a: dict[int, Observed], b: dict[int, Observed]) -> dict[int, Obser
     return {k: a[k].merge(b[k]) for k in a}
 
 
+def nothing(shapes: Any) -> Any:
+    """Statistics of no batch, for shapes as `jax.eval_shape` gives them."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
 class Member(NamedTuple):
     """Where the statistics of a leaf are to be found.
 

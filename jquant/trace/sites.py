@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jquant.core.text import columns
 from jquant.trace import compat, interpreter, view
 from jquant.trace.function import Traced, trace_call
 from jquant.trace.uses import Dot, Use
@@ -81,10 +82,7 @@ class Sites(Sequence[Site]):
             size = f"{s.nbytes / 2**20:.2f}"
             group = str(s.input) if s.input >= 0 else ""
             rows.append((s.path, _axes(s.shape), _axes(s.contracted), _axes(s.batch), s.kind, size, group, s.note))
-        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join(lines)
+        return columns(rows)
 
 
 def _axes(values: Sequence[int]) -> str:
