@@ -135,7 +135,7 @@ def test_the_papers_objective_has_the_weight_not_the_corrected_column():
         args = w, x, near, parse_format("int3"), 0.01, 1.0
         ours += objective(w, literal_gptaq(*args), x, near).sum()
         theirs += objective(w, literal_gptaq(*args, corrected=True), x, near).sum()
-    assert ours < theirs
+    assert ours < 0.98 * theirs
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -168,7 +168,7 @@ def test_the_least_squares_weight_has_the_better_first_column():
             stats, params = stats_of(x, near), plain_params(w, fmt := parse_format("int4"))
             ours += objective(w, solve(qronos(), w, stats, fmt, params)[0], x, near).sum()
             papers += objective(w, solve(qronos(paper_first_column=True), w, stats, fmt, params)[0], x, near).sum()
-    assert ours < papers
+    assert ours < 0.99 * papers
 
 
 def test_on_both_streams_each_is_better_than_the_one_before():
