@@ -22,8 +22,9 @@ from jquant.core.per_use import held, holding
 from jquant.core.qtensor import is_qtensor
 from jquant.progress import Progress
 from jquant.trace.function import call_args, call_key, trace_call
+from jquant.trace.line import Line, Sym
 from jquant.trace.observe import Member, Observed, merge_all, nothing
-from jquant.trace.program import Line, Operand, Part, Sym, Unit, plan
+from jquant.trace.program import Operand, Part, Unit, plan
 from jquant.trace.streams import Both, Weights, in_both
 
 

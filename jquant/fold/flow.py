@@ -1,4 +1,4 @@
-"""`Flow`: carries labels through a program (`trace.program.Line`), from the parameters that produce channels to those
+"""`Flow`: carries labels through a program (`trace.line.Line`), from the parameters that produce channels to those
 that contract them.
 
 What an operation means for labels is a table of rules, by primitive; `scales` and `rotations` each have one, and share
@@ -17,7 +17,7 @@ from jquant.fold import arrays
 from jquant.fold.info import Info, Role, Rule, plain
 from jquant.fold.labels import Labels
 from jquant.fold.rearrange import REARRANGE
-from jquant.trace.program import Line, Sym
+from jquant.trace.line import Line, Sym
 from jquant.trace.sites import full_axes
 from jquant.trace.uses import Use, find_use
 from jquant.trace.view import Ref

@@ -17,7 +17,7 @@ from jquant.fold.info import Fold, Role
 from jquant.fold.rotations import classes_of
 from jquant.fold.wide import cut_leaf, run_wide
 from jquant.trace.function import call_args, split_arrays, trace_call
-from jquant.trace.program import Line
+from jquant.trace.line import Line
 
 Cuts = Sequence[tuple[int, ...]]
 TOLERANCE = 1e-9

@@ -15,7 +15,7 @@ from jquant.core import kept
 from jquant.fold.flow import Flow
 from jquant.fold.info import Info, Role, Rule, aligned, together, varies
 from jquant.fold.scales import Shapes, contracted_product
-from jquant.trace.program import Line
+from jquant.trace.line import Line
 from jquant.trace.view import Ref
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jquant.fold.flow import Flow
 from jquant.fold.info import Fold, Info, Rule, aligned, together, varies
-from jquant.trace.program import Line
+from jquant.trace.line import Line
 
 Shapes = tuple[tuple[int, ...], ...]
 

@@ -17,7 +17,7 @@ import numpy as np
 from jquant.core import kept
 from jquant.core.per_use import PerUse, held
 from jquant.trace import compat, interpreter
-from jquant.trace.program import Line, Sym
+from jquant.trace.line import Line, Sym
 from jquant.trace.view import Ref
 
 Leaf = Callable[[str, tuple[tuple[int, ...], ...]], Any]

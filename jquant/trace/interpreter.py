@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jquant.core.errors import TraceError
 from jquant.core.per_use import is_per_use, mapped
 from jquant.trace import compat, view
+from jquant.trace.rearrange import REARRANGE, SAME_DATA, is_ref, row_of
 from jquant.trace.uses import Use, find_use, lookup_axis, product_axis
 from jquant.trace.view import Ref
 
@@ -71,10 +72,6 @@ class Key(NamedTuple):
 
     name: Any
     stacked_by: tuple[int, ...] = ()
-
-
-def is_ref(x: Any) -> bool:
-    return isinstance(x, Ref)
 
 
 def run(jaxpr: compat.Closed, args: Sequence[Any], reader: Reader, frame: Frame) -> list[Any]:
@@ -139,91 +136,6 @@ def _plain(eqn: compat.JaxprEqn, args: list[Any], reader: Reader, frame: Frame) 
     if key not in frame.known:
         frame.known[key] = (args, compat.bind(eqn, *args))  # the operands too: an id is theirs while they live
     return frame.known[key][1]
-
-
-# --- rearrangements: (ref, eqn, other operands) -> the outputs, or None where the view can't express it ---
-
-
-def _one(ref: Ref | None) -> list[Ref] | None:
-    return None if ref is None else [ref]
-
-
-def _broadcast(ref: Ref, eqn: Any, _: Any) -> list[Ref] | None:
-    shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    dims: list[view.Dim] = [()] * len(shape)
-    for source, target in enumerate(where):
-        if ref.shape[source] != shape[target]:
-            return None
-        dims[target] = ref.dims[source]
-    if any(size != 1 for i, size in enumerate(shape) if i not in where):
-        return None
-    return [ref.replace(dims=tuple(dims))]
-
-
-def _squeeze(ref: Ref, eqn: Any, _: Any) -> list[Ref]:
-    gone = eqn.params["dimensions"]
-    return [ref.replace(dims=tuple(d for i, d in enumerate(ref.dims) if i not in gone))]
-
-
-def _cuts(ref: Ref, starts: Sequence[Any], sizes: Sequence[int]) -> list[Ref] | None:
-    out: Ref | None = ref
-    for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        out = out and view.cut(out, dim, start, size)
-    return _one(out)
-
-
-def _slice(ref: Ref, eqn: Any, _: Any) -> list[Ref] | None:
-    p = eqn.params
-    if p["strides"] is not None and any(s != 1 for s in p["strides"]):
-        return None
-    starts = p["start_indices"]
-    return _cuts(ref, starts, [b - a for a, b in zip(starts, p["limit_indices"], strict=True)])
-
-
-def _dynamic_slice(ref: Ref, eqn: Any, starts: Sequence[Any]) -> list[Ref] | None:
-    sizes = eqn.params["slice_sizes"]
-    if sum(size != full for size, full in zip(sizes, ref.shape, strict=True)) > 1:
-        return None
-    room = [full - size for size, full in zip(sizes, ref.shape, strict=True)]
-    return _cuts(ref, [_clamped(s, r) for s, r in zip(starts, room, strict=True)], sizes)
-
-
-def _clamped(start: Any, top: int) -> Any:
-    """A start as XLA takes it: moved inside bounds, never counted from the end."""
-    if not isinstance(start, jax.Array):
-        return min(max(int(start), 0), top)
-    # int8 can't hold every bound
-    return jnp.clip(start.astype(jnp.int32) if start.dtype.itemsize < 4 else start, 0, top)
-
-
-def _split(ref: Ref, eqn: Any, _: Any) -> list[Ref] | None:
-    axis, start, out = eqn.params["axis"], 0, []
-    for size in eqn.params["sizes"]:
-        out.append(view.cut(ref, axis, start, size))
-        start += size
-    return None if any(r is None for r in out) else [r for r in out if r is not None]
-
-
-REARRANGE: dict[str, Callable[[Ref, Any, list[Any]], list[Ref] | None]] = {
-    "reshape": lambda ref, eqn, _: (
-        None if eqn.params.get("dimensions") else _one(view.reshape(ref, eqn.params["new_sizes"]))
-    ),
-    "transpose": lambda ref, eqn, _: [view.transpose(ref, eqn.params["permutation"])],
-    "convert_element_type": lambda ref, eqn, _: _one(view.cast(ref, eqn.params["new_dtype"])),
-    "squeeze": _squeeze,
-    "broadcast_in_dim": _broadcast,
-    "slice": _slice,
-    "dynamic_slice": _dynamic_slice,
-    "split": _split,
-    "copy": lambda ref, eqn, _: [ref],
-    "copy_p": lambda ref, eqn, _: [ref],
-    "sharding_constraint": lambda ref, eqn, _: [ref],
-    "stop_gradient": lambda ref, eqn, _: [ref],
-}
-
-SAME_DATA = frozenset(
-    ("reshape", "transpose", "convert_element_type", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "slice")
-)
 
 
 # --- sub-jaxprs ---
@@ -402,13 +314,6 @@ def _unrolled_scan(
     if parts.reverse:
         steps.reverse()
     return [*carry, *[jnp.stack(column) for column in zip(*steps, strict=True)]]
-
-
-def row_of(stack: Ref, i: int) -> Ref:
-    """Slice `i` of a stacked view."""
-    out = view.cut(stack, 0, i, 1)
-    assert out is not None
-    return out.replace(dims=out.dims[1:])
 
 
 def _enter_while(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list[Any]:

@@ -15,7 +15,7 @@ import jquant as jq
 from jquant.core import kept
 from jquant.core.formats import Format
 from jquant.core.qtensor import QTensor
-from jquant.trace import interpreter, view
+from jquant.trace import rearrange, view
 
 CASTS = ("float32", "bfloat16", "float16")
 
@@ -75,7 +75,7 @@ def by_numpy(x: np.ndarray, step) -> np.ndarray:
 
 def by_view(ref: view.Ref, step) -> view.Ref | None:
     kind, *how = step
-    run = lambda name, **params: interpreter.REARRANGE[name](ref, SimpleNamespace(params=params), [])
+    run = lambda name, **params: rearrange.REARRANGE[name](ref, SimpleNamespace(params=params), [])
     if kind == "transpose":
         outs = run(kind, permutation=how[0])
     elif kind == "cast":
