@@ -1,12 +1,13 @@
 """`calibrate`: what a model's weights meet, summed over batches."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jquant.core.errors import JQuantError, NonFiniteError, RecipeError
+from jquant.core.errors import JQuantError, JQuantWarning, NonFiniteError, RecipeError
 from jquant.core.per_use import held
 from jquant.core.stats import Stats, merge
 from jquant.progress import Progress
@@ -64,10 +65,17 @@ def calibrate(
             _check_finite(members, totals)
             progress.step()
     assert totals is not None and members is not None and shapes is not None
-    missing = (wanted or set()) - set(members)
-    if missing:
-        raise RecipeError(f"calibrate: {sorted(missing)[0]} is read by no matmul that can be observed; see find_sites")
+    _check_observed(wanted, reader)
     return _share({p: (m, totals, shapes[p]) for p, m in members.items()})
+
+
+def _check_observed(wanted: set[str] | None, reader: ObserveReader) -> None:
+    for path in sorted((wanted or set()) - set(reader.members)):
+        why = f"can't be observed: {reader.skipped[path]}" if path in reader.skipped else "is read by no matmul"
+        raise RecipeError(f"calibrate: {path} {why}; see find_sites")
+    for path, reason in reader.skipped.items():
+        what = "are without what one of its uses reads" if path in reader.members else "are left out"
+        warnings.warn(f"calibrate: the statistics of {path} {what}: {reason}", JQuantWarning, stacklevel=3)
 
 
 def _program(programs: Any, apply: Any, params: Any, args: Any, kwargs: Any, *what: Any) -> Any:

@@ -177,6 +177,8 @@ _NOTES = {
 
 def _warn(name: str, notes: dict[str, jax.Array]) -> None:
     values = jax.device_get({note: notes[note] for note in _NOTES if note in notes})
+    if "no_tokens" in values:  # of a matrix that saw no token all channels are dead
+        values["dead_channels"] = np.where(values["no_tokens"], 0, values["dead_channels"])
     for note, value in values.items():
         text = _NOTES[note]
         if total := float(np.sum(value)):
@@ -218,6 +220,7 @@ class _Solver:
     def __init__(self, walk: Walk, targets: dict[str, Target], method: Method):
         self.walk, self.targets, self.method = walk, targets, method
         self.waiting: dict[Unit, Observed] = {}
+        self.skipped: dict[Unit, str] = {}
 
     def __call__(self, jobs: list[Job], seen: dict[int, Observed]) -> dict[Unit, QTensor]:
         ready: dict[Any, list[Unit]] = {}
@@ -240,6 +243,8 @@ class _Solver:
 
     def _statistics(self, job: Job, seen: dict[int, Observed], shared: dict[Any, Observed]) -> Observed | None:
         target, unit = self.targets[job.unit.path], job.unit
+        if job.skipped:
+            self.skipped[unit] = job.skipped
         contracted = _unit_axes(target.contracted, unit.at)
         members = {m: None for m in job.members if m.contracted == contracted}
         before = self.waiting.pop(unit, None)
@@ -248,10 +253,7 @@ class _Solver:
         shape = jnp.shape(held(self.walk.unit_value(unit)))
         lead = _unit_axes(target.batch, unit.at)
         if any(tuple(sorted((*m.axes, *(a for a, _ in m.at)))) != lead for m in members):
-            warnings.warn(
-                f"{unit_name(unit)}: its uses share their axes with their inputs in different ways; its statistics are "
-                "left out and it is rounded without data", JQuantWarning, stacklevel=2,
-            )  # fmt: skip
+            self.skipped[unit] = "its uses share their axes with their inputs in different ways"
             return before
         key = (tuple((m.group, m.axes, m.at) for m in members), shape if any(m.at for m in members) else ())
         if key not in shared:
@@ -269,13 +271,21 @@ class _Solver:
 
     def _solve(self, units: list[Unit], seen: Observed | None) -> dict[Unit, QTensor]:
         name = unit_name(units[0]) + (f" and {len(units) - 1} more" if len(units) > 1 else "")
-        if seen is None:
-            warnings.warn(f"{name}: no activations reach it; rounded to nearest", JQuantWarning, stacklevel=2)
+        self._warn_skipped(name, units, seen)
         method, stats = (_ROUND, None) if seen is None else (self.method, seen.stats)
         weights = [jnp.asarray(held(self.walk.unit_value(u))) for u in units]
         out, notes = _solved(method, self._format(units[0]), tuple(map(self._axes, units)), weights, stats)
         _warn(name, notes)
         return dict(zip(units, out, strict=True))
+
+    def _warn_skipped(self, name: str, units: list[Unit], seen: Observed | None) -> None:
+        reasons = sorted({self.skipped[u] for u in units if u in self.skipped})
+        if seen is None:
+            why = ", ".join(reasons) or "no activations reach it"
+            warnings.warn(f"{name}: {why}; rounded to nearest", JQuantWarning, stacklevel=2)
+        elif reasons:
+            why = ", ".join(reasons)
+            warnings.warn(f"{name}: solved without what one of its uses reads: {why}", JQuantWarning, stacklevel=2)
 
     def _format(self, unit: Unit) -> Format:
         return self.targets[unit.path].format

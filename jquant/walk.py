@@ -35,11 +35,13 @@ class Job(NamedTuple):
       unit: what.
       members: where its statistics are in `seen`.
       last: no later stop observes it.
+      skipped: why one of its uses has no statistics, or "".
     """
 
     unit: Unit
     members: dict[Member, None]
     last: bool
+    skipped: str = ""
 
 
 Solve = Callable[[list[Job], dict[int, Observed]], dict[Unit, Any]]
@@ -157,6 +159,7 @@ class Walk:
         values: dict[Operand, Any] = {}
         name = sorted(u.path for u in self.stops[k])[0]
         members: dict[Unit, dict[Member, None]] = {}
+        skipped: dict[Unit, str] = {}
         for batch in self.batches:
             part = batch.parts[k]
             inputs = [batch.value(s) for s in part.inputs]
@@ -168,11 +171,12 @@ class Walk:
             batch.advance(part, outs)
             jax.block_until_ready(totals)  # one batch's temporaries at a time
             members = {unit: model.members.get(i, {}) for i, unit in part.observed.items()}
+            skipped = {unit: model.skipped.get(i, "") for i, unit in part.observed.items()}
             progress.step(name)
         assert totals is not None
         self._check_finite(members, totals)
         later = set().union(*self.stops[k + 1 :])
-        return [Job(u, m, u not in later) for u, m in members.items()], totals
+        return [Job(u, m, u not in later, skipped[u]) for u, m in members.items()], totals
 
     def _compile(self, part: Part) -> tuple[Any, Any, Part]:
         if part.key not in self.compiled:

@@ -223,7 +223,7 @@ def test_experts_are_solved_apart_and_one_without_tokens_is_reported():
     p, x = {"w": normal(0, 3, 16, 8)}, normal(1, 40, 16)
     with pytest.warns(jq.JQuantWarning) as said:
         q = jq.quantize(moe, p, jq.INT3_G64, jq.gptq(), [(x, jnp.array([25, 0, 15]))])["w"]
-    assert any("w: no calibration token reached 1 of its matrices" in str(w.message) for w in said)
+    assert ["w: no calibration token reached 1 of its matrices" in str(w.message) for w in said] == [True]
     rounded = jq.quantize(moe, p, jq.INT3_G64, jq.rtn(), [(x, jnp.array([25, 0, 15]))])["w"]
     np.testing.assert_array_equal(q.unpacked()[1], rounded.unpacked()[1])
     assert np.any(q.unpacked()[0] != rounded.unpacked()[0])
@@ -234,6 +234,20 @@ def test_dead_channels_are_reported_with_the_path():
     x = normal(1, 30, 8).at[:, [2, 5]].set(0)
     with pytest.warns(jq.JQuantWarning, match="layer/w: 2 input channels are zero"):
         jq.quantize(model, p, jq.INT4, jq.gptq(), [x])
+
+
+def test_what_cannot_be_observed_says_why():
+    def grouped(p, x):
+        dims = jax.lax.conv_dimension_numbers(x.shape, p["w"].shape, ("NWC", "WIO", "NWC"))
+        return jax.lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=dims, feature_group_count=4)
+
+    p, x = {"w": normal(0, 3, 2, 8)}, normal(1, 2, 10, 8)
+    with pytest.warns(jq.JQuantWarning, match="w: a grouped convolution; rounded to nearest"):
+        jq.quantize(grouped, p, jq.INT4, jq.gptq(), [x])
+    with pytest.warns(jq.JQuantWarning, match="the statistics of w are left out: a grouped convolution"):
+        assert jq.calibrate(grouped, p, [x]) == {}
+    with pytest.raises(jq.JQuantError, match="w can't be observed: a grouped convolution"):
+        jq.calibrate(grouped, p, [x], paths=["w"])
 
 
 def test_bad_input_is_refused_before_any_work():

@@ -67,6 +67,7 @@ class Part:
       observed: operand number -> unit, for the wanted uses at its end.
       run: `(inputs, operand values) -> (outputs, statistics by group)`, to be jitted.
       members: filled when `run` is traced: for each observed operand, where its statistics are.
+      skipped: likewise, for each that has a use without statistics, why.
     """
 
     key: Any
@@ -77,6 +78,7 @@ class Part:
     observed: dict[int, Unit]
     run: Callable[..., Any]
     members: dict[int, dict[Member, None]]
+    skipped: dict[int, str]
 
 
 class _Group(NamedTuple):
@@ -193,9 +195,10 @@ def _part(
         if is_ref(a) and a.path in group.wanted
     }
     members: dict[int, dict[Member, None]] = {}
-    run = _runner(program, tail, numbering, inputs, outs, set(observed), needs, acts, members)
+    skipped: dict[int, str] = {}
+    run = _runner(program, tail, numbering, inputs, outs, set(observed), needs, acts, members, skipped)
     operands = tuple(Operand(unit, cuts) for unit, cuts in numbering.refs)
-    return Part(key, inputs, operands, outs, frozenset(later), observed, run, members)
+    return Part(key, inputs, operands, outs, frozenset(later), observed, run, members, skipped)
 
 
 def _later_needs(line: Line, end: int, groups: list[_Group], needed: set[int], producers: dict[Sym, int]) -> set[Sym]:
@@ -238,6 +241,7 @@ class _Numbering:
 def _runner(
     program: list[_Numbered], tail: list[_Numbered], numbering: _Numbering, inputs: Sequence[Sym], outs: Sequence[Sym],
     observed: set[int], needs: frozenset[str], acts: Mapping[str, Activation], members: dict[int, dict[Member, None]],
+    skipped: dict[int, str],
 ) -> Callable[..., Any]:  # fmt: skip
     ins, results = [numbering.numbers[s] for s in inputs], [numbering.numbers[s] for s in outs]
 
@@ -259,6 +263,7 @@ def _runner(
         for instr, args, _ in tail:
             instr.run([value(a, o) for a, o in zip(args, instr.args, strict=True)], observe, frame)
         members.update({int(p): m for p, m in observe.members.items()})
+        skipped.update({int(p): reason for p, reason in observe.skipped.items()})
         arrays = [v.array() if is_ref(v) else v for v in (env[i] for i in results)]
         return arrays, observe.collect(frame)
 
