@@ -149,7 +149,6 @@ class Walk:
                 memory.give_back()
                 new = solve(jobs, seen)
                 done.update(new)
-                memory.give_back()
                 if after is not None:
                     after(k, new)
         return done
@@ -160,16 +159,23 @@ class Walk:
         name = sorted(u.path for u in self.stops[k])[0]
         members: dict[Unit, dict[Member, None]] = {}
         skipped: dict[Unit, str] = {}
+        compiled: dict[int, tuple[Any, Any, Part]] = {}  # batches of one shape have one part, whose key is long
+        outs: list[Any] = []
         for batch in self.batches:
             part = batch.parts[k]
             inputs = [batch.value(s) for s in part.inputs]
             operands = [self._value(o, done, values) for o in part.operands]
-            fn, run, model = self._compile(part)
+            if id(part) not in compiled:
+                compiled[id(part)] = self._compile(part)
+            fn, run, model = compiled[id(part)]
             if totals is None:
                 totals = nothing(jax.eval_shape(run, inputs, operands)[1])
+            # The temporaries of two batches at a time: one is sent off while the one before it runs.
+            jax.block_until_ready(outs)
             outs, totals = fn(inputs, operands, totals)
             batch.advance(part, outs)
-            jax.block_until_ready(totals)  # one batch's temporaries at a time
+            if not outs:
+                jax.block_until_ready(totals)
             members = {unit: model.members.get(i, {}) for i, unit in part.observed.items()}
             skipped = {unit: model.skipped.get(i, "") for i, unit in part.observed.items()}
             progress.step(name)
