@@ -35,8 +35,8 @@ def qtensor_sharding(q: QTensor, sharding: Sharding) -> QTensor:
 
     Kept axes keep their spec. The specs of the contracted axes go, joined in order, to the packed axis of the codes and
     to the blocks axis of the scales, where the number of devices divides it (in the codes: every plane), and that axis
-    is replicated otherwise; a side's n goes with the codes. A scale shared along a kept axis is replicated along it, and the scales of tiles where
-    devices don't divide the tiles.
+    is replicated otherwise; the rows of a side go with the codes. A scale shared along a kept axis is replicated along
+    it, and the scales of tiles where devices don't divide the tiles.
 
     Args:
       q: a QTensor of arrays or of `jax.ShapeDtypeStruct`.

@@ -219,7 +219,8 @@ def array_entries(entry: dict[str, Any]) -> list[dict[str, Any]]:
     if entry["kind"] == "python":
         return []
     if entry["kind"] == "qtensor":
-        more = (entry["zero_point"], *entry.get("outer", ()), *(entry.get("activation_params") or ()), *entry.get("side", ()))
+        more = [entry["zero_point"], *entry.get("outer", ()), *(entry.get("activation_params") or ())]
+        more += entry.get("side", [])
         return [*entry["codes"], entry["scale"], *(e for e in more if e)]
     if entry["kind"] == "per_use":
         return [*array_entries(entry["value"]), *[entry[k] for k in ("lookup", "product") if entry[k]]]

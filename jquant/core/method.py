@@ -12,7 +12,6 @@ from jquant.core.formats import BlockParams, Format
 from jquant.core.side import Side
 from jquant.core.stats import Stats
 
-
 Notes = dict[str, jax.Array]
 
 

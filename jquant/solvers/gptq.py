@@ -39,6 +39,7 @@ from jquant.solvers import ldlq
 from jquant.solvers.linalg import HIGHEST, damped_udu
 from jquant.solvers.rtn import search_params, shrink_factors
 
+
 def gptq(act_order: bool = False, damp: float = 0.01, block_size: int = 128, search: bool = False) -> Method:
     """Rounds column after column, each time correcting the columns not yet rounded for the error made.
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jquant.core.formats import Format, decode
-from jquant.core.method import Method, Notes, Rounding
+from jquant.core.method import Method, Rounding
 from jquant.core.side import Side
 from jquant.core.stats import Stats, checked_gram
 from jquant.core.text import call
@@ -63,7 +63,7 @@ def lowrank(
         of the right shape.
     """
     if rank is not None and budget is not None:
-        raise ValueError("lowrank: give a rank, lowrank(16), or bytes for each weight, lowrank(budget=100_000); not both")
+        raise ValueError("lowrank: give a rank, lowrank(16), or bytes for each weight, lowrank(budget=9000); not both")
     if rank is None and budget is None:
         rank = _RANK
     if min(rank or 0, budget or 0) < 0 or not damp >= 0 or dtype not in DTYPES:

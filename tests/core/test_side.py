@@ -16,6 +16,7 @@ from jquant.core.side import Side
 from tests.core.cases import SPECIAL, normal, rtn, same_bits, same_tree
 
 KEPT, N, R = (3, 9), 12, 2
+FMT = Format("int3", 5, False, "bfloat16")
 CASES = [((), ()), ((0,), ()), ((0,), (0,)), ((0, 1), (0,)), ((), (0,)), ((0,), (1,)), ((), (0, 1))]
 
 
@@ -24,7 +25,7 @@ def side_of(own, kept=KEPT, n=N, rank=R, dtype="float32") -> Side:
     return Side(normal((*kept, rank), 1, dtype), normal((*lead, rank, n), 2, dtype))
 
 
-def with_side(fmt=Format("int3", 5, False, "bfloat16"), own=(0,)):
+def with_side(fmt=FMT, own=(0,)):
     return rtn(normal((*KEPT, N)), fmt, (2,)).replace(side=side_of(own))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.core.format_type import NVFP4, parse_format
+from jquant.core.format_type import NVFP4
 from jquant.core.formats import Format, decode
 from jquant.core.method import Rounding, chain
 from jquant.core.stats import Stats
@@ -129,7 +129,7 @@ def test_after_gptq_its_codes_stay_and_alone_it_rounds_to_nearest():
     np.testing.assert_array_equal(alone.codes, rtn().solve(Rounding(rows), None, FMT).codes)
 
 
-@pytest.mark.parametrize("fmt", [NVFP4, parse_format("nf4"), Format("fp8_e4m3", (2, 5)), Format("int4", "tensor")], ids=str)
+@pytest.mark.parametrize("fmt", [NVFP4, Format("nf4"), Format("fp8_e4m3", (2, 5)), Format("int4", "tensor")], ids=str)
 def test_any_format(fmt):
     p = correlated(7, 10, 20)
     e, s, _ = solve(p, fmt, rank=3)

@@ -1,4 +1,4 @@
-"""`quantized` on leaves with a side: the codes are still read by the products, the side is two thin ones beside them."""
+"""`quantized` on leaves with a side: products still read the codes, the side is two thin ones beside them."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from jquant.core.paths import map_with_paths
 from jquant.core.per_use import PerUse
 from jquant.core.side import Side
 from tests import model_bank
-from tests.model_bank import BANK, FORMATS, MODELS, Model, assert_same, dequantize, normal, plain, quantized
+from tests.model_bank import FORMATS, MODELS, Model, assert_same, dequantize, normal, plain, quantized
 
-FEW = ("matmul", "scan", "linen_attention", "linen_tied", "moe_einsum", "moe_ragged", "conv")
+FEW = ("matmul", "scan", "linen_attention", "linen_tied", "moe_einsum", "ragged_dot", "lookup_layers", "linen_conv1d")
 PAIRS = [
     pytest.param(m, FORMATS[i % len(FORMATS)], marks=() if m.name in FEW else pytest.mark.slow, id=m.name)
     for i, m in enumerate(MODELS)
