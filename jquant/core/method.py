@@ -102,6 +102,9 @@ def chain(*methods: Method) -> Method:
 
     `chain(rtn(search=True), gptq())` rounds by GPTQ under the scales that the search chose. What methods do to the
     model (`rotate`, the scales of `awq`) is done before any of them rounds, in their order.
+
+    Raises:
+      ValueError: no method, or one that rounds behind one that must come last (`lowrank`).
     """
     if not methods:
         raise ValueError("chain: give at least one method, as in jquant.chain(jquant.gptq())")
@@ -109,7 +112,7 @@ def chain(*methods: Method) -> Method:
     for first, then in zip(rounding, rounding[1:]):
         if first.last:
             raise ValueError(f"chain: {first.name} is for the codes that were chosen before it; put {then.name} first")
-    solvers = [m.solve for m in rounding]
+    solvers = [m.solve for m in rounding if m.solve is not None]
 
     def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
         for step in solvers:
