@@ -79,7 +79,7 @@ def product(x: jax.Array, side: Side, first: Sequence[int], precision: Any = Non
     kept, own = list(range(side.left.ndim - 1)), _own(side)
     r, n, tokens = (len(kept) + i for i in range(3))
     left, right = (a.astype(x.dtype) for a in (side.left, _squeezed(side)))
-    how = {"precision": precision, "preferred_element_type": jnp.promote_types(x.dtype, jnp.float32)}
+    how = {"precision": precision, "preferred_element_type": jnp.float64 if x.dtype == jnp.float64 else jnp.float32}
     middle = [*first, *(i for i in own if i not in first), tokens, r]
     thin = jnp.einsum(x, [*first, tokens, n], right, [*own, r, n], middle, **how).astype(x.dtype)
     rest = [i for i in kept if i not in first]

@@ -71,11 +71,18 @@ def test_is_the_optimum_of_its_rank(shape, rank):
     assert np.linalg.matrix_rank(s, 1e-5) == rank
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1)])
+def test_a_single_row_or_column_is_absorbed_by_rank_1(shape):
+    p = correlated(12, *shape)
+    e, s, _ = solve(p, rank=16, dtype="float32")
+    np.testing.assert_allclose(s, e, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
 def test_more_rank_is_never_worse_and_all_of_it_leaves_nothing(shape):
     p = correlated(2, *shape)
     h = damped(p.h)
-    sides = [solve(p, rank=r, dtype="float32") for r in (0, 1, 2, 6, 11, 12, 50)]
+    sides = [solve(p, rank=r, dtype="float32") for r in (0, 1, 6, 11, 50)]
     losses = [loss(e - s, h) for e, s, _ in sides]
     assert losses[0] == loss(sides[0][0], h)  # rank 0: none
     assert all(b <= a * (1 + 1e-6) for a, b in zip(losses, losses[1:]))
@@ -84,25 +91,26 @@ def test_more_rank_is_never_worse_and_all_of_it_leaves_nothing(shape):
 
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(
-    seed=st.integers(0, 99), shape=st.sampled_from([(5, 9), (9, 5), (1, 7), (7, 1)]), rank=st.sampled_from([1, 3]),
-    tokens=st.sampled_from([2, 40]), dead=st.integers(0, 2), before=st.sampled_from(["", "gptq"]),
+    seed=st.integers(0, 99), shape=st.sampled_from([(5, 9), (9, 5)])
+        tokens=st.sampled_from([2, 40]), dead=st.integers(0, 2), before=st.sampled_from(["", "gptq"]),
 )  # fmt: skip
-def test_never_worse_than_without_whatever_the_inputs(seed, shape, rank, tokens, dead, before):
+def test_never_worse_than_without_whatever_the_inputs(seed, shape, tokens, dead, before):
     p = correlated(seed, *shape, tokens=tokens, dead=min(dead, shape[1] - 1))
-    e, s, _ = solve(p, before=before, rank=rank)
+    e, s, _ = solve(p, before=before, rank=2, dtype="float32")
     for h in (p.h, damped(p.h), np.eye(shape[1])):
         assert loss(e - s, h) <= loss(e, h) * (1 + 1e-5) + 1e-9 * np.trace(h)
-    want = optimum(e, damped(p.h), rank)  # the factors are stored in bfloat16
-    assert loss(e - s, damped(p.h)) <= loss(e - want, damped(p.h)) + 3e-5 * loss(e, damped(p.h)) + 1e-9 * np.trace(p.h)
+    want = optimum(e, damped(p.h), 2)
+    assert loss(e - s, damped(p.h)) <= loss(e - want, damped(p.h)) + 1e-5 * loss(e, damped(p.h)) + 1e-9 * np.trace(p.h)
 
 
-def test_storing_in_bfloat16_costs_little_of_what_is_absorbed():
+@pytest.mark.parametrize("before, most", [("", 1e-5), ("gptq", 1e-4)])
+def test_storing_in_bfloat16_costs_little_of_what_is_absorbed(before, most):
     p = correlated(3, 24, 40)
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        e, s, _ = solve(p, rank=8, dtype=dtype)
+        e, s, _ = solve(p, before=before, rank=8, dtype=dtype)
         losses[dtype] = loss(e - s, damped(p.h))
-    assert 0 < losses["bfloat16"] - losses["float32"] < 1e-5 * loss(e, damped(p.h))
+    assert 0 < losses["bfloat16"] - losses["float32"] < most * loss(e, damped(p.h))
 
 
 def test_a_weight_that_no_token_reached_gets_the_nearest_matrix():
