@@ -91,8 +91,8 @@ def test_more_rank_is_never_worse_and_all_of_it_leaves_nothing(shape):
 
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(
-    seed=st.integers(0, 99), shape=st.sampled_from([(5, 9), (9, 5)])
-        tokens=st.sampled_from([2, 40]), dead=st.integers(0, 2), before=st.sampled_from(["", "gptq"]),
+    seed=st.integers(0, 99), shape=st.sampled_from([(5, 9), (9, 5)]), tokens=st.sampled_from([2, 40]),
+    dead=st.integers(0, 2), before=st.sampled_from(["", "gptq"]),
 )  # fmt: skip
 def test_never_worse_than_without_whatever_the_inputs(seed, shape, tokens, dead, before):
     p = correlated(seed, *shape, tokens=tokens, dead=min(dead, shape[1] - 1))
