@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from jquant.solvers.gptaq import gptaq
     from jquant.solvers.gptq import gptq
     from jquant.solvers.hqq import hqq
+    from jquant.solvers.lowrank import lowrank
     from jquant.solvers.qronos import qronos
     from jquant.solvers.rtn import rtn
     from jquant.trace.execute import explain, quantized
@@ -102,6 +103,7 @@ _NAMES = {
     "solvers.gptaq": "gptaq",
     "solvers.gptq": "gptq",
     "solvers.hqq": "hqq",
+    "solvers.lowrank": "lowrank",
     "solvers.qronos": "qronos",
     "solvers.rtn": "rtn",
     "trace.execute": "explain quantized",

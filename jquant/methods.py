@@ -14,6 +14,7 @@ from jquant.fold.smoothquant import smoothquant
 from jquant.solvers.gptaq import gptaq
 from jquant.solvers.gptq import gptq
 from jquant.solvers.hqq import hqq
+from jquant.solvers.lowrank import lowrank
 from jquant.solvers.qronos import qronos
 from jquant.solvers.rtn import rtn
 
@@ -33,6 +34,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "smoothquant": lambda alpha=0.8, **settings: smoothquant(alpha, **settings),
     "smoothquant-search": partial(smoothquant, alpha=None),
     "rotate": rotate,
+    "lowrank": lowrank,
 }
 _COLUMNWISE = ("gptq", "gptaq", "qronos")  # those that take act_order and damp
 _PART = re.compile(r"\s*([\w-]+)\s*(\(.*\))?\s*", re.S)
@@ -44,6 +46,7 @@ def parse_method(text: str, **settings: Any) -> Method:
         parse_method("gptq")
         parse_method("rotate+gptq-act-order")
         parse_method("rotate(seed=1)+qronos(act_order=True, search=True)")
+        parse_method("gptq+lowrank(16)")
 
     Args:
       text: the names are those of the public functions, and some for settings that are often wanted; an error lists

@@ -21,6 +21,7 @@ from jquant.core.per_use import held, holding
 from jquant.core.problem import as_problem, finish
 from jquant.core.qtensor import QTensor
 from jquant.core.recipe import Recipe, as_recipe
+from jquant.core.side import Side, zeros_beside
 from jquant.core.stats import Stats
 from jquant.ranges import add_activations
 from jquant.resume import Store, fingerprint
@@ -138,19 +139,20 @@ def _solved(
     problems = [as_problem(w, *a) for w, a in zip(weights, axes, strict=True)]
     rows = jnp.concatenate([p.rows.astype(jnp.float32) for p in problems], axis=1)
     flat = None if stats is None else _flat_stats(stats, rows.shape[0])
-    done = None if method.solve is None else method.solve(Rounding(rows), flat, fmt)
+    parts = tuple(p.rows.shape[1] for p in problems)
+    done = None if method.solve is None else method.solve(Rounding(rows, parts=parts), flat, fmt)
     if done is None or done.codes is None:
         raise JQuantError(f"quantize: {method.name} chooses no codes; chain it with rtn() or gptq()")
-    out, start = [], 0
-    for problem in problems:
-        stop = start + problem.rows.shape[1]
-        out.append(finish(problem, _rows_of(done, start, stop, len(problems) > 1), fmt))
-        start = stop
-    return out, done.notes
+    return [finish(p, _part(done, i), fmt) for i, p in enumerate(problems)], done.notes
 
 
-def _rows_of(done: Rounding, start: int, stop: int, shared: bool) -> Rounding:
-    return jax.tree.map(lambda a: a[:, start:stop], done._replace(notes={})) if shared else done
+def _part(done: Rounding, i: int) -> Rounding:
+    """The answer for one of the weights."""
+    if len(done.parts) == 1:
+        return done
+    start, stop = done.spans[i]
+    params, codes = jax.tree.map(lambda a: a[:, start:stop], (done.params, done.codes))
+    return Rounding(done.rows[:, start:stop], params, codes, sides=done.sides[i : i + 1])
 
 
 def _flat_stats(stats: Stats, batch: int) -> Stats:
@@ -171,6 +173,7 @@ def _solve_whole(w: Any, target: Target, method: Method) -> QTensor:
 _NOTES = {
     "dead_channels": "{:.0f} input channels are zero in all calibration data; their weights are rounded to nearest",
     "no_tokens": "no calibration token reached {:.0f} of its matrices (experts, layers); those are rounded to nearest",
+    "no_side": "the budget is less than a side of rank 1 takes for {:.0f} of its matrices; those have none",
     "damping_added": "its Gram matrix is singular; damping was raised by {:.3g} of its mean diagonal",
 }
 
@@ -333,9 +336,20 @@ def _assemble(path: str, target: Target, walk: Walk, units: dict[Unit, QTensor])
             warnings.warn(f"{path}: no activations reach it; rounded to nearest", JQuantWarning, stacklevel=2)
         return _solve_whole(leaf, target, _ROUND)
     base = _solve_whole(leaf, target, _ROUND)
+    like = next((q.side for q in mine.values() if q.side is not None), None)
+    walked = {axis for u in mine for axis, _ in u.at}
+    base = _with_zero_side(base, tuple({*target.batch, *walked}), like)
     for unit, q in mine.items():
-        base = _put(base, unit, q)
+        base = _put(base, unit, _with_zero_side(q, _unit_axes(target.batch, unit.at), like))
     return base
+
+
+def _with_zero_side(q: QTensor, batch: tuple[int, ...], like: Side | None) -> QTensor:
+    """A QTensor with a side where its neighbours in the stack have one: its own, or one of zeros."""
+    if q.side is not None or like is None:
+        return q
+    own = [q.kept.index(a) for a in batch]
+    return q.replace(side=zeros_beside(q.codes[0].shape[:-1], own, like))
 
 
 def _put(whole: QTensor, unit: Unit, q: QTensor) -> QTensor:

@@ -23,6 +23,7 @@ import numpy as np
 from jquant.core.errors import CheckpointError
 from jquant.core.formats import Format
 from jquant.core.qtensor import QTensor
+from jquant.core.side import Side
 from jquant.trace.program import Unit
 
 _SECONDS_BETWEEN_STATES = 20.0
@@ -137,6 +138,7 @@ def _save_unit(f: Any, unit: Unit, q: QTensor) -> None:
     arrays = {f"array{i}": np.asarray(a) for i, a in enumerate(q.arrays)}
     static = {
         "unit": unit, "planes": len(q.codes), "zero": q.zero_point is not None, "outer": len(q.outer),
+        "side": q.side is not None,
         "format": dataclasses.asdict(q.format), "contracted": q.contracted, "inner": q.inner, "pad": q.pad,
         "dtype": q.dtype.name,
     }  # fmt: skip
@@ -151,7 +153,8 @@ def _load_unit(path: Path) -> tuple[Unit, QTensor]:
     try:
         with np.load(path) as data:
             s = json.loads(str(data["static"]))
-            count = s["planes"] + 1 + s["zero"] + s.get("outer", 0)
+            outer, side = s.get("outer", 0), 2 * s.get("side", False)
+            count = s["planes"] + 1 + s["zero"] + outer + side
             names = [f"array{i}" for i in range(count)]
             arrays = [jax.numpy.asarray(data[n].view(_dtype(str(data["dtype:" + n])))) for n in names]
     except (OSError, zipfile.BadZipFile, KeyError, ValueError) as e:
@@ -160,6 +163,7 @@ def _load_unit(path: Path) -> tuple[Unit, QTensor]:
     fmt = Format(**{k: _tuples(v) for k, v in s["format"].items()})
     q = QTensor(
         tuple(arrays[:planes]), arrays[planes], arrays[planes + 1] if s["zero"] else None, fmt,
-        tuple(s["contracted"]), tuple(s["inner"]), s["pad"], s["dtype"], outer=tuple(arrays[after:]),
+        tuple(s["contracted"]), tuple(s["inner"]), s["pad"], s["dtype"], outer=tuple(arrays[after : after + outer]),
+        side=Side(*arrays[after + outer :]) if side else None,
     )  # fmt: skip
     return Unit(*_tuples(s["unit"])), q

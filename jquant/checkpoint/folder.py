@@ -24,16 +24,24 @@ from typing import Any
 
 from jquant.core.errors import CheckpointError
 from jquant.core.per_use import held, is_per_use
+from jquant.core.qtensor import is_qtensor
 
 MANIFEST = "jquant.json"
 ARRAYS = "arrays"
 FORMAT_NAME = "jquant checkpoint"
-FORMAT_VERSION = 2  # 2: a QTensor may have an activation, a leaf may be a PerUse
+FORMAT_VERSION = 3  # 2: a QTensor may have an activation, a leaf may be a PerUse; 3: a QTensor may have a side
 
 
 def version_needed(leaves: Iterable[Any]) -> int:
     """The oldest version that can say what the leaves are: whoever knows only that one reads them right."""
-    return 2 if any(is_per_use(leaf) or getattr(held(leaf), "activation", None) is not None for leaf in leaves) else 1
+    return max(map(_needed, leaves), default=1)
+
+
+def _needed(leaf: Any) -> int:
+    inner = held(leaf)
+    if is_qtensor(inner) and inner.side is not None:
+        return 3
+    return 2 if is_per_use(leaf) or (is_qtensor(inner) and inner.activation is not None) else 1
 
 
 _TMP, _OLD = ".jquant-tmp-", ".jquant-old-"

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jquant.core.errors import CheckpointError
 from jquant.core.qtensor import QTensor
+from jquant.core.side import Side
 
 
 def _mesh_axes(entry: Any) -> tuple[str, ...]:
@@ -34,8 +35,8 @@ def qtensor_sharding(q: QTensor, sharding: Sharding) -> QTensor:
 
     Kept axes keep their spec. The specs of the contracted axes go, joined in order, to the packed axis of the codes and
     to the blocks axis of the scales, where the number of devices divides it (in the codes: every plane), and that axis
-    is replicated otherwise. A scale shared along a kept axis is replicated along it, and the scales of tiles where
-    devices don't divide the tiles.
+    is replicated otherwise; the rows of a side go with the codes. A scale shared along a kept axis is replicated along
+    it, and the scales of tiles where devices don't divide the tiles.
 
     Args:
       q: a QTensor of arrays or of `jax.ShapeDtypeStruct`.
@@ -65,9 +66,11 @@ def qtensor_sharding(q: QTensor, sharding: Sharding) -> QTensor:
         return () if size == 1 else _dividing(spec, [size], mesh)
 
     def place(array: Any, is_code: bool) -> NamedSharding:
-        lead = [lead_spec(e, s, k) for e, s, k in zip(kept, array.shape, q.codes[0].shape)]
-        tail = _dividing(last, planes if is_code else [array.shape[-1]], mesh)
-        parts = PartitionSpec(*[_entry(e) for e in (*lead, tail)])
+        return placed(array, (_dividing(last, planes if is_code else [array.shape[-1]], mesh),))
+
+    def placed(array: Any, tail: tuple[tuple[str, ...], ...]) -> NamedSharding:
+        lead = [lead_spec(e, s, k) for e, s, k in zip(kept, array.shape, q.codes[0].shape[:-1])]
+        parts = PartitionSpec(*[_entry(e) for e in (*lead, *tail)])
         return NamedSharding(mesh, parts, memory_kind=sharding.memory_kind)
 
     return q.replace(
@@ -76,4 +79,7 @@ def qtensor_sharding(q: QTensor, sharding: Sharding) -> QTensor:
         zero_point=None if q.zero_point is None else place(q.zero_point, False),
         outer=tuple(place(a, False) for a in q.outer),
         activation_params=jax.tree.map(lambda a: place(a, False), q.activation_params),
+        side=q.side and Side(
+            placed(q.side.left, ((),)), placed(q.side.right, ((), _dividing(last, [*planes, q.row_length], mesh)))
+        ),
     )

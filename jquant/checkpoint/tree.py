@@ -18,6 +18,7 @@ from jquant.core.formats import BlockParams, Format
 from jquant.core.paths import flatten_with_paths
 from jquant.core.per_use import PerUse, is_node, is_per_use
 from jquant.core.qtensor import QTensor, is_qtensor
+from jquant.core.side import Side
 
 # Types that Orbax can't store, and the one that holds their values in the file.
 _WIDENED = {"uint4": "uint8", "uint2": "uint8", "int2": "int8"}
@@ -155,6 +156,7 @@ def _describe_qtensor(path: str, q: QTensor, arrays: Arrays) -> dict[str, Any]:
         "zero_point": None if q.zero_point is None else arrays.add(q.zero_point),
         "outer": [arrays.add(a) for a in q.outer],
         **_describe_activation(q, arrays),
+        **({} if q.side is None else {"side": [arrays.add(a) for a in q.side]}),
     }
 
 
@@ -202,6 +204,7 @@ def abstract(path: str, entry: dict[str, Any]) -> Any:
             _read_activation(path, entry.get("activation")),
             BlockParams(*(e and one(e) for e in stored)) if (stored := entry.get("activation_params")) else None,
             tuple(one(e) for e in entry.get("outer", [])),
+            Side(*map(one, stored)) if (stored := entry.get("side")) else None,
         )
     if entry["kind"] == "per_use":
         return PerUse(abstract(path, entry["value"]), *[entry[k] and one(entry[k]) for k in ("lookup", "product")])
@@ -216,7 +219,8 @@ def array_entries(entry: dict[str, Any]) -> list[dict[str, Any]]:
     if entry["kind"] == "python":
         return []
     if entry["kind"] == "qtensor":
-        more = (entry["zero_point"], *entry.get("outer", ()), *(entry.get("activation_params") or ()))
+        more = [entry["zero_point"], *entry.get("outer", ()), *(entry.get("activation_params") or ())]
+        more += entry.get("side", [])
         return [*entry["codes"], entry["scale"], *(e for e in more if e)]
     if entry["kind"] == "per_use":
         return [*array_entries(entry["value"]), *[entry[k] for k in ("lookup", "product") if entry[k]]]

@@ -96,13 +96,14 @@ def move_to_front(leaf: Any, axis: int) -> Any:
     return jax.tree.map(lambda a: jnp.moveaxis(a, at, 0), leaf).replace(contracted=_renamed_contracted(leaf, axis))
 
 
-def take(q: QTensor, axis: int, indices: jax.Array) -> QTensor:
-    """The slices at `indices` (inside bounds) of a kept axis: a QTensor whose leading axes are those of `indices`."""
+def map_taken(fn: Callable[[QTensor], jax.Array], q: QTensor, axis: int, indices: jax.Array) -> jax.Array:
+    """`fn` of the slices at `indices` `[k]` (inside bounds) of a kept axis, stacked in front.
+
+    What all slices share (the scale of a whole tensor, a factor of a side) is not copied for each.
+    """
     q, size = move_to_front(q, axis), q.shape[axis]
-
-    def rows(a: jax.Array) -> jax.Array:
-        if a.shape[0] == size:
-            return a.at[indices].get(mode="promise_in_bounds")
-        return jnp.broadcast_to(a, (*indices.shape, *a.shape[1:]))
-
-    return jax.tree.map(rows, q)
+    arrays, treedef = jax.tree.flatten(q)
+    own = [a.shape[0] == size for a in arrays]
+    taken = [a.at[indices].get(mode="promise_in_bounds") if o else a[0] for a, o in zip(arrays, own)]
+    slices = lambda *arrays: fn(jax.tree.unflatten(treedef, arrays))
+    return jax.vmap(slices, in_axes=tuple(0 if o else None for o in own))(*taken)

@@ -1,5 +1,6 @@
 """`Method`: how weights are rounded. A pair of pure functions, composed by `chain`, as optax composes."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +9,10 @@ import jax
 
 from jquant.core.errors import JQuantWarning
 from jquant.core.formats import BlockParams, Format
+from jquant.core.side import Side
 from jquant.core.stats import Stats
+
+Notes = dict[str, jax.Array]
 
 
 class Rounding(NamedTuple):
@@ -20,12 +24,23 @@ class Rounding(NamedTuple):
       codes: codes chosen so far, uint8 `[batch, m, n]`, or None.
       notes: diagnostics, small arrays `[batch]` by name ("dead_channels", "damping_added", ...): the driver turns them
         into warnings with the site's path.
+      parts: how many of the rows belong to each of the weights that are solved as one matrix; empty for a single one.
+      sides: for each of them the float matrix beside the codes, `left` `[batch, its rows, r]` and `right`
+        `[batch, r, n]`, or None; empty for none at all.
     """
 
     rows: jax.Array
     params: BlockParams | None = None
     codes: jax.Array | None = None
-    notes: dict[str, jax.Array] = {}
+    notes: Notes = {}
+    parts: tuple[int, ...] = ()
+    sides: tuple[Side | None, ...] = ()
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The first row of each weight, and the one behind its last."""
+        ends = list(itertools.accumulate(self.parts or (self.rows.shape[1],)))
+        return list(zip([0, *ends], ends))
 
 
 Solver = Callable[[Rounding, Stats | None, Format], Rounding]
@@ -66,6 +81,7 @@ class Method(NamedTuple):
       fold_needs: the statistics that its folds read, likewise; a rotation reads none.
       needs: the statistics that `solve` reads: a subset of {"gram", "absmax", "mean_abs", "cross"}; empty for methods
         without data. "cross" has the walk carry the float model's activations too.
+      last: what `solve` does is for the codes that there are: nothing may round behind it.
     """
 
     name: str
@@ -73,6 +89,7 @@ class Method(NamedTuple):
     needs: frozenset[str] = frozenset()
     folds: tuple[Fold, ...] = ()
     fold_needs: frozenset[str] = frozenset()
+    last: bool = False
 
     @property
     def needs_data(self) -> bool:
@@ -85,10 +102,17 @@ def chain(*methods: Method) -> Method:
 
     `chain(rtn(search=True), gptq())` rounds by GPTQ under the scales that the search chose. What methods do to the
     model (`rotate`, the scales of `awq`) is done before any of them rounds, in their order.
+
+    Raises:
+      ValueError: no method, or one that rounds behind one that must come last (`lowrank`).
     """
     if not methods:
         raise ValueError("chain: give at least one method, as in jquant.chain(jquant.gptq())")
-    solvers = [m.solve for m in methods if m.solve is not None]
+    rounding = [m for m in methods if m.solve is not None]
+    for first, then in zip(rounding, rounding[1:]):
+        if first.last:
+            raise ValueError(f"chain: {first.name} is for the codes that were chosen before it; put {then.name} first")
+    solvers = [m.solve for m in rounding if m.solve is not None]
 
     def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
         for step in solvers:
@@ -98,4 +122,4 @@ def chain(*methods: Method) -> Method:
     folds = tuple(f for m in methods for f in m.folds)
     name = " + ".join(m.name for m in methods)
     needs, fold_needs = (frozenset().union(*(getattr(m, k) for m in methods)) for k in ("needs", "fold_needs"))
-    return Method(name, solve if solvers else None, needs, folds, fold_needs)
+    return Method(name, solve if solvers else None, needs, folds, fold_needs, any(m.last for m in methods))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jquant.core.formats import BlockParams, Format
 from jquant.core.method import Rounding
 from jquant.core.qtensor import QTensor, from_codes, to_rows
+from jquant.core.side import Side
 
 
 class Problem(NamedTuple):
@@ -47,9 +48,16 @@ def bring_back(problem: Problem, a: jax.Array) -> jax.Array:
 
 
 def finish(problem: Problem, done: Rounding, fmt: Format) -> QTensor:
-    """The QTensor that a solver's answer stands for."""
+    """The QTensor that a solver's answer for a single weight stands for."""
     assert done.params is not None and done.codes is not None
     params: BlockParams = jax.tree.map(lambda a: bring_back(problem, a), done.params)
-    return from_codes(
-        bring_back(problem, done.codes), params, fmt, problem.contracted, problem.shape, problem.dtype
-    )  # fmt: skip
+    q = from_codes(bring_back(problem, done.codes), params, fmt, problem.contracted, problem.shape, problem.dtype)
+    side = done.sides[0] if done.sides else None
+    return q if side is None else q.replace(side=_side(problem, side))
+
+
+def _side(problem: Problem, side: Side) -> Side:
+    """`[batch, m, r]` and `[batch, r, n]` -> `[*kept, r]` and `[*kept, r, n]`, the second with ones for the rows."""
+    batch, r, n = side.right.shape
+    right = bring_back(problem, side.right.reshape(batch, 1, r * n))
+    return Side(bring_back(problem, side.left), right.reshape(*right.shape[:-1], r, n))

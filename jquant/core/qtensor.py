@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.core import packing
+from jquant.core import side as _side
 from jquant.core.activation import Activation, Policy
 from jquant.core.errors import DamagedQTensorError, FormatError, TraceError
 from jquant.core.formats import BlockParams, Format, decode, encode, row_params
 from jquant.core.scales import Outer, spread_rows
+from jquant.core.side import Side
 
-_KEYS = ("codes", "scale", "zero_point", "outer", "activation_params")
+_KEYS = ("codes", "scale", "zero_point", "outer", "activation_params", "side")
 _STATIC = ("format", "contracted", "inner", "pad", "_dtype", "activation")
 
 
@@ -48,6 +50,7 @@ class QTensor:
       activation: how the inputs of its matmuls are rounded, or None where they stay in float.
       activation_params: for a static range its scale and zero point, `[*batch, 1]`, ones in place of the kept axes that
         its matmuls do not share with their input; None otherwise.
+      side: a float matrix of low rank that is added to what the codes stand for (`lowrank`), or None.
     """
 
     __slots__ = (*_KEYS, *_STATIC)
@@ -65,8 +68,9 @@ class QTensor:
         activation: Activation | None = None,
         activation_params: BlockParams | None = None,
         outer: Outer = (),
+        side: Side | None = None,
     ):
-        self.codes, self.scale, self.zero_point, self.outer = codes, scale, zero_point, outer
+        self.codes, self.scale, self.zero_point, self.outer, self.side = codes, scale, zero_point, outer, side
         self.format, self.contracted, self.inner, self.pad, self._dtype = format, contracted, inner, pad, dtype
         self.activation, self.activation_params = activation, activation_params
 
@@ -114,6 +118,8 @@ class QTensor:
                 f"a QTensor ({self.format}) has codes {[c.shape for c in self.codes]} and scale {self.scale.shape}, "
                 "which do not belong together: an array was sliced, mapped or sharded along a packed axis"
             )
+        if self.side is not None and (wrong := _side.problem_of(self.side, kept, n)):
+            raise DamagedQTensorError(f"a QTensor ({self.format}): {wrong}; an array was sliced, mapped or cast alone")
         self._check_activation()
         return self
 
@@ -174,7 +180,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that memory holds: packed codes, scales, zero points."""
+        """Bytes that memory holds: packed codes, scales, zero points, the side."""
         return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in self.arrays)
 
     @property
@@ -219,8 +225,9 @@ class QTensor:
         return packing.unpack(self.codes, self.format.bits, self.row_length)
 
     def rows(self) -> jax.Array:
-        """The decoded rows, float32 `[*kept, n]`."""
-        return decode(self.unpacked(), self.params, self.format)
+        """The decoded rows and their side, float32 `[*kept, n]`."""
+        decoded = decode(self.unpacked(), self.params, self.format)
+        return decoded if self.side is None else decoded + _side.rows(self.side)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array that it stands for, decoded in float32 and cast to `dtype` (its own by default)."""
@@ -271,8 +278,10 @@ class QTensor:
     def __repr__(self) -> str:
         try:
             shape = ", ".join(map(str, self.shape))
+            side = "" if self.side is None else f"side of rank {self.side.rank}, "
             return (
-                f"QTensor({self.scheme}, {self._dtype}[{shape}], contracted={self.contracted}, {self.nbytes:,} bytes)"
+                f"QTensor({self.scheme}, {self._dtype}[{shape}], contracted={self.contracted}, {side}"
+                f"{self.nbytes:,} bytes)"
             )
         except Exception:  # holding shardings, specs or sentinels instead of arrays
             return f"QTensor({self.format}, contracted={self.contracted}, codes={self.codes}, scale={self.scale})"

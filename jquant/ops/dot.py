@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jquant.core import side as _side
 from jquant.core.qtensor import QTensor
 
 DECODED = "XLA: codes decoded into the product"
@@ -34,6 +35,9 @@ def dot(
     Returns:
       `[*batch axes, tokens, *other kept axes]`, and the name of the implementation.
     """
+    if q.side is not None:
+        run = lambda q, wide: dot(x, q, batch=batch, cast=cast, precision=precision, preferred=preferred or wide)
+        return beside(run, x, q, batch, precision)
 
     def decoded(x: jax.Array, q: QTensor) -> jax.Array:
         rows = cast(q.rows().astype(q.dtype))
@@ -48,6 +52,20 @@ def dot(
     # Chosen when the program is lowered, for the platform it is lowered for.
     out = jax.lax.platform_dependent(x, q, cpu=lambda x, q: one_row(x, q).astype(dtype), default=decoded)
     return out, ONE_ROW
+
+
+def beside(
+    run: Callable[[QTensor, Any], tuple[jax.Array, str]], x: jax.Array, q: QTensor, batch: Sequence[int], precision: Any
+) -> tuple[jax.Array, str]:
+    """A product of `x` `[*batch axes, tokens, n]` with codes and with the side of `q`, which is never made an array.
+
+    Args:
+      run: `(q without its side, dtype to sum in) ->` the product with the codes, and its name.
+    """
+    assert q.side is not None
+    more = _side.product(x, q.side, [q.kept.index(a) for a in batch], precision)
+    out, name = run(q.replace(side=None), more.dtype)
+    return out + more.astype(out.dtype), f"{name}; beside it a side of rank {q.side.rank}, as two thin products"
 
 
 def reads_one_row(x: jax.Array, q: QTensor) -> bool:

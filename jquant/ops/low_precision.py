@@ -19,7 +19,7 @@ from jax import lax
 from jquant.core.activation import Activation, encode_input
 from jquant.core.formats import ELEMENTS, BlockParams, Format, decode, decode_codes
 from jquant.core.qtensor import QTensor
-from jquant.ops.dot import one_row, reads_one_row
+from jquant.ops.dot import beside, one_row, reads_one_row
 
 _INT32_MAX = 2**31 - 1
 _FULL = lax.Precision.HIGHEST
@@ -40,6 +40,8 @@ class _Side(NamedTuple):
 def dot(x: jax.Array, q: QTensor, *, batch: Sequence[int] = ()) -> tuple[jax.Array, str]:
     """Rounds `x` as `q.activation` says and contracts its last axis with the contracted axes of `q`.
 
+    A side of `q` is multiplied by what the rounded `x` stands for, in the dtype of `x`.
+
     Args:
       x: `[*batch axes, tokens, n]`, any float dtype.
       q: the weight, n elements along its contracted axes.
@@ -51,9 +53,19 @@ def dot(x: jax.Array, q: QTensor, *, batch: Sequence[int] = ()) -> tuple[jax.Arr
     act = q.activation
     assert act is not None
     codes, params = encode_input(x, act, static_params(q, batch))
+    if q.side is not None:
+        run = lambda q, wide: _codes_dot(codes, params, q, batch)
+        return beside(run, decode(codes, params, act.format).astype(x.dtype), q, batch, None)
+    return _codes_dot(codes, params, q, batch)
+
+
+def _codes_dot(codes: jax.Array, params: BlockParams, q: QTensor, batch: Sequence[int]) -> tuple[jax.Array, str]:
+    """The product of a rounded input with the codes of `q`."""
+    act = q.activation
+    assert act is not None
     kind = product_kind(act, q.format, q.row_length)
     out = _PRODUCTS[kind](codes, params.zero_point, q, tuple(batch))
-    scale = params.scale.reshape(*params.scale.shape[:-1], *[1] * (out.ndim - x.ndim + 1))
+    scale = params.scale.reshape(*params.scale.shape[:-1], *[1] * (out.ndim - codes.ndim + 1))
     return out * scale, _name(kind, act, q)
 
 

@@ -31,15 +31,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jquant.core.formats import BlockParams, Format, compute_params, encode
-from jquant.core.method import Method, Rounding
+from jquant.core.method import Method, Notes, Rounding
 from jquant.core.scales import Outer, spread_outer, spread_rows
 from jquant.core.stats import Stats, checked_gram
 from jquant.core.text import call
 from jquant.solvers import ldlq
 from jquant.solvers.linalg import HIGHEST, damped_udu
 from jquant.solvers.rtn import search_params, shrink_factors
-
-Notes = dict[str, jax.Array]
 
 
 def gptq(act_order: bool = False, damp: float = 0.01, block_size: int = 128, search: bool = False) -> Method:
@@ -107,7 +105,7 @@ def sweep_rows(
     one = partial(_solve_one, fmt=fmt, settings=settings)
     # One matrix after the other: a single one keeps the machine busy, and the temporaries of one are enough.
     codes, params, notes = lax.map(lambda xs: one(*xs), (state.rows, gram, state.params, first))
-    return Rounding(state.rows, params, codes, state.notes | notes)
+    return state._replace(params=params, codes=codes, notes=state.notes | notes)
 
 
 def _solve_one(

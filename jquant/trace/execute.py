@@ -113,8 +113,9 @@ def _run_lookup(use: Use) -> tuple[jax.Array, str]:
     indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices  # int8 can't hold every bound
     size = use.ref.value.shape[use.how.axis]
     mode = str(eqn.params["mode"])
-    taken = kept.take(use.ref.value, use.how.axis, jnp.clip(indices, 0, size - 1).ravel())
-    rows = jax.vmap(Ref.array)(_row_view(use).replace(value=taken))
+    view_of = _row_view(use)
+    at = jnp.clip(indices, 0, size - 1).ravel()
+    rows = kept.map_taken(lambda q: view_of.replace(value=q).array(), use.ref.value, use.how.axis, at)
     rows = rows.reshape(*indices.shape, *rows.shape[1:])
     if "FILL" in mode:
         fill = eqn.params["fill_value"]

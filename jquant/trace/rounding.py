@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jquant.core.formats import BlockParams
 from jquant.core.qtensor import QTensor
+from jquant.ops.dot import beside
 from jquant.ops.low_precision import round_input, static_params
 from jquant.trace.uses import Use
 
@@ -45,13 +46,16 @@ def _float_dot(use: Use, clip: bool) -> jax.Array:
     x = how.operand(use.x)
     if q.activation is not None:
         x = round_input(x, q.activation, static_params(q, how.batch), clip)
-    rows = use.ref.cast(q.rows().astype(q.dtype))
-    first = tuple(q.kept.index(a) for a in how.batch)
-    numbers = (((x.ndim - 1,), (rows.ndim - 1,)), (tuple(range(len(first))), first))
-    out = jax.lax.dot_general(
-        x, rows, numbers, precision=params["precision"], preferred_element_type=params["preferred_element_type"]
-    )
-    return dot_result(use, out)
+    precision, preferred = params["precision"], params["preferred_element_type"]
+
+    def decoded(q: QTensor, wide: Any = None) -> tuple[jax.Array, str]:
+        rows = use.ref.cast(q.rows().astype(q.dtype))
+        first = tuple(q.kept.index(a) for a in how.batch)
+        numbers = (((x.ndim - 1,), (rows.ndim - 1,)), (tuple(range(len(first))), first))
+        preferred_type = preferred or wide
+        return jax.lax.dot_general(x, rows, numbers, precision=precision, preferred_element_type=preferred_type), ""
+
+    return dot_result(use, (decoded(q) if q.side is None else beside(decoded, x, q, how.batch, precision))[0])
 
 
 def dot_result(use: Use, out: jax.Array) -> jax.Array:

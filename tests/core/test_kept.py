@@ -10,6 +10,7 @@ from jquant.checkpoint.sharding import qtensor_sharding
 from jquant.core import kept
 from jquant.core.errors import DamagedQTensorError
 from jquant.core.format_type import Format, fitted
+from jquant.core.qtensor import QTensor
 from tests.core.cases import SPECIAL, normal, rtn, same_bits, same_tree
 
 FORMATS = [*SPECIAL, Format("int3", 5, False, "bfloat16")]
@@ -30,8 +31,8 @@ def test_slices(q, axis, start, size):
 
 @pytest.mark.parametrize("axis", [-3, -2])
 def test_lookups_and_moves(q, axis):
-    w, at = q.dequantize(), jnp.asarray([[0, 2], [2, 1]])
-    assert same_bits(kept.take(q, axis, at).dequantize(), jnp.moveaxis(w, axis, 0)[at])
+    w, at = q.dequantize(), jnp.asarray([0, 2, 2, 1])
+    assert same_bits(kept.map_taken(QTensor.dequantize, q, axis, at), jnp.moveaxis(w, axis, 0)[at])
     assert same_bits(kept.move_to_front(q, axis).dequantize(), jnp.moveaxis(w, axis, 0))
     one = kept.remove_axis(kept.slice_axis(q, axis, 1, 1), axis)
     assert same_bits(one.dequantize(), jnp.take(w, 1, axis))
