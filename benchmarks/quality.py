@@ -35,7 +35,7 @@ PEER = {
     f"rtn:{INT3A}": ("rtn3_asym_g64", 69.12, 1.1624, 0.440, 1, 1.0),
     f"rtn:{W8A8}": ("rtn_w8a8", 25.06, 0.0295, 0.892, 1, 1.0),
     f"rtn:{FP8}": ("fp8_dyn", 25.04, 0.0270, 0.910, 1, 1.0),
-    "rtn:nvfp4": ("nvfp4a16", 30.41, 0.2196, 0.745, 1, 1.1),
+    "rtn:nvfp4-4o6": ("nvfp4a16", 30.41, 0.2196, 0.745, 1, 1.1),
     "rtn:mxfp4-even": ("mxfp4a16", 35.42, 0.4345, 0.653, 1, 1.0),
     f"{GPTQ}:{INT4}": ("gptq4_sym_g64", 30.17, 0.2182, 0.769, 288, 1.5),
     f"{GPTQ}:{INT4A}": ("gptq4_asym_g64", 27.91, 0.1311, 0.805, 260, 1.5),
@@ -60,7 +60,7 @@ FAMILIES = {
 }
 ROWS = list(dict.fromkeys([
     *(f"{BEST}:{f}" for f in (INT4, INT4A, INT3A, W8A8, FP8, "nvfp4-4o6", "mxfp4")), *PEER,
-    "rtn:mxfp4", "rtn:int8+int8-mse-asym", *(f"{m}:{W4A8}" for m in ("smoothquant+rtn", f"rotate+{GPTQ}", BEST)),
+    "rtn:mxfp4", "rtn:nvfp4", "rtn:int8+int8-mse-asym", *(f"{m}:{W4A8}" for m in ("smoothquant+rtn", f"rotate+{GPTQ}", BEST)),
 ]))  # fmt: skip
 
 
