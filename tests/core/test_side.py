@@ -14,6 +14,7 @@ from jquant.core.errors import DamagedQTensorError
 from jquant.core.format_type import Format
 from jquant.core.side import Side
 from tests.core.cases import SPECIAL, normal, rtn, same_bits, same_tree
+from tests.model_bank import quick
 
 KEPT, N, R = (3, 9), 12, 2
 FMT = Format("int3", 5, False, "bfloat16")
@@ -67,13 +68,17 @@ def test_is_added_to_what_the_codes_stand_for(fmt):
 @pytest.mark.parametrize("own", [(), (0,), (1,)])
 @pytest.mark.parametrize("axis", [-3, -2])
 def test_kept_axes_are_cut_moved_and_looked_up(own, axis):
-    q = with_side(SPECIAL[1], own)
-    w, close = q.dequantize(), lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    close(kept.slice_axis(q, axis, 1, 2).check().dequantize(), jax.lax.slice_in_dim(w, 1, 3, axis=axis))
-    close(kept.move_to_front(q, axis).check().dequantize(), jnp.moveaxis(w, axis, 0))
-    close(kept.remove_axis(kept.slice_axis(q, axis, 1, 1), axis).check().dequantize(), jnp.take(w, 1, axis))
-    at = jnp.asarray([2, 0, 2])
-    close(kept.map_taken(lambda s: s.check().dequantize(), q, axis, at), jnp.moveaxis(w, axis, 0)[at])
+    q, at = with_side(SPECIAL[1], own), jnp.asarray([2, 0, 2])
+
+    def cuts(q):
+        one = kept.remove_axis(kept.slice_axis(q, axis, 1, 1), axis)
+        few = [kept.slice_axis(q, axis, 1, 2), kept.move_to_front(q, axis), one]
+        return [*(p.check().dequantize() for p in few), kept.map_taken(lambda s: s.check().dequantize(), q, axis, at)]
+
+    w = np.asarray(q.dequantize())
+    front = np.moveaxis(w, axis, 0)
+    for got, want in zip(quick(cuts)(q), [np.moveaxis(front[1:3], 0, axis), front, front[1], front[at]]):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_transforms_see_one_more_pair_of_arrays():

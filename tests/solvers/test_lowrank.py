@@ -4,18 +4,18 @@ import functools
 
 import hypothesis
 import hypothesis.strategies as st
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jquant.core.format_type import NVFP4
 from jquant.core.formats import Format, decode
-from jquant.core.method import Rounding, chain
+from jquant.core.method import Method, Rounding, chain
 from jquant.core.stats import Stats
 from jquant.solvers.gptq import gptq
 from jquant.solvers.lowrank import lowrank
 from jquant.solvers.rtn import rtn
+from tests.model_bank import quick
 from tests.problems import Problem, correlated, independent
 from tests.solvers.reference import damped as with_dead_channels
 
@@ -27,17 +27,22 @@ def stats_of(*grams) -> Stats:
 
 
 @functools.cache
-def compiled(method_args: tuple, fmt: Format, before: str = ""):
-    method = lowrank(**dict(method_args))
-    method = chain(gptq(), method) if before == "gptq" else method
-    return jax.jit(lambda rows, stats: method.solve(Rounding(rows), stats, fmt)._replace(rows=None))
+def compiled(method: Method, fmt: Format):
+    """`method.solve` of rows and statistics."""
+    return quick(lambda rows, stats: method.solve(Rounding(rows), stats, fmt)._replace(rows=None))
+
+
+@functools.cache
+def named(before: str, settings: tuple) -> Method:
+    return chain(*([gptq()] if before else []), lowrank(**dict(settings)))
 
 
 def solve(p: Problem, fmt: Format = FMT, before: str = "", **settings):
     """E and S of a problem, float64 `[m, n]`, and the notes."""
     rows = jnp.asarray(p.w, jnp.float32)[None]
-    _, params, codes, notes, _, (side,) = compiled(tuple(settings.items()), fmt, before)(rows, stats_of(p.h))
-    e = np.asarray(p.w - np.asarray(decode(codes, params, fmt)[0], np.float64))
+    done = compiled(named(before, tuple(settings.items())), fmt)(rows, stats_of(p.h))
+    (side,), notes = done.sides, done.notes
+    e = np.asarray(p.w - np.asarray(decode(done.codes, done.params, fmt)[0], np.float64))
     if side is None:
         return e, np.zeros_like(e), notes
     left, right = (np.asarray(a[0].astype(jnp.float32), np.float64) for a in side)
@@ -130,10 +135,9 @@ def test_after_gptq_its_codes_stay_and_alone_it_rounds_to_nearest():
     p = correlated(6, 8, 16)
     rows, stats = jnp.asarray(p.w, jnp.float32)[None], stats_of(p.h)
     for before in (gptq(), rtn(search=True)):
-        first = before.solve(Rounding(rows), stats, FMT)
-        both = chain(before, lowrank(2)).solve(Rounding(rows), stats, FMT)
+        first, both = (compiled(m, FMT)(rows, stats) for m in (before, chain(before, lowrank(2))))
         np.testing.assert_array_equal(both.codes, first.codes)
-    alone = lowrank(2).solve(Rounding(rows), stats, FMT)
+    alone = compiled(lowrank(2), FMT)(rows, stats)
     np.testing.assert_array_equal(alone.codes, rtn().solve(Rounding(rows), None, FMT).codes)
 
 
@@ -147,10 +151,9 @@ def test_any_format(fmt):
 def test_a_budget_of_bytes_is_kept_and_used():
     p = correlated(8, 10, 22)
     for dtype, size in (("bfloat16", 2), ("float32", 4)):
-        sides = lowrank(budget=200, dtype=dtype).solve(
-            Rounding(jnp.asarray(p.w, jnp.float32)[None]), stats_of(p.h), FMT
-        ).sides  # fmt: skip
-        used = sum(a.nbytes for a in sides[0])
+        method = lowrank(budget=200, dtype=dtype)
+        [side] = compiled(method, FMT)(jnp.asarray(p.w, jnp.float32)[None], stats_of(p.h)).sides
+        used = sum(a.nbytes for a in side)
         assert used <= 200 < used + size * 32
     _, s, notes = solve(p, budget=63)
     assert not s.any() and notes["no_side"].tolist() == [1]
@@ -159,10 +162,12 @@ def test_a_budget_of_bytes_is_kept_and_used():
 def test_weights_solved_together_get_the_best_side_each():
     p = correlated(9, 12, 10)
     rows, stats = jnp.asarray(p.w, jnp.float32)[None], stats_of(p.h)
-    both = lowrank(2).solve(Rounding(rows, parts=(8, 4)), stats, FMT)
-    assert [s.left.shape for s in both.sides] == [(1, 8, 2), (1, 4, 2)]
-    for (start, stop), side in zip(both.spans, both.sides):
-        alone = lowrank(2).solve(Rounding(rows[:, start:stop]), stats, FMT).sides[0]
+    method, spans = lowrank(2), [(0, 8), (8, 12)]
+    solve_both = lambda rows, stats: method.solve(Rounding(rows, parts=(8, 4)), stats, FMT).sides
+    sides = quick(solve_both)(rows, stats)
+    assert [s.left.shape for s in sides] == [(1, 8, 2), (1, 4, 2)]
+    for (start, stop), side in zip(spans, sides):
+        [alone] = compiled(method, FMT)(rows[:, start:stop], stats).sides
         for a, b in zip(side, alone):
             np.testing.assert_array_equal(a, b)
 
@@ -170,9 +175,10 @@ def test_weights_solved_together_get_the_best_side_each():
 def test_matrices_of_a_batch_are_solved_apart():
     ps = [correlated(10, 6, 8), independent(11, 6, 8)]
     rows = jnp.asarray(np.stack([p.w for p in ps]), jnp.float32)
-    side = lowrank(2).solve(Rounding(rows), stats_of(*[p.h for p in ps]), FMT).sides[0]
+    run = compiled(lowrank(2), FMT)
+    [side] = run(rows, stats_of(*[p.h for p in ps])).sides
     for i, p in enumerate(ps):
-        one = lowrank(2).solve(Rounding(rows[i : i + 1]), stats_of(p.h), FMT).sides[0]
+        [one] = run(rows[i : i + 1], stats_of(p.h)).sides
         np.testing.assert_array_equal(side.left[i], one.left[0])
         np.testing.assert_array_equal(side.right[i], one.right[0])
 
