@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
+from jquant.core.activation import Activation
 from jquant.core.errors import JQuantWarning
 from jquant.core.formats import BlockParams, Format
 from jquant.core.stats import Stats
@@ -39,6 +41,7 @@ class Folding(NamedTuple):
       batches: calibration data, at least one batch; perhaps shapes only.
       formats: path -> format, of the leaves that will be quantized.
       calibrate: `(params, paths) -> path -> Stats`, with Gram matrices where `gram=True`.
+      activations: path -> how the inputs of its products are rounded, where they are.
     """
 
     apply: Callable[..., Any]
@@ -46,6 +49,7 @@ class Folding(NamedTuple):
     batches: list[Any]
     formats: Mapping[str, Format]
     calibrate: Callable[..., dict[str, Stats]]
+    activations: Mapping[str, Activation] = MappingProxyType({})
 
     def miss(self, name: str, what: str) -> None:
         """Says in a warning what a fold did not find."""
