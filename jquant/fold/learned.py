@@ -60,6 +60,7 @@ def learned_rotation(
       steps: how many; 0 is `rotate(seed)`, bit for bit.
       learning_rate: a number, that falls linearly to zero as in the paper; an optax schedule; or any
         `optax.GradientTransformation`, of the gradients in the skew matrices `[k, n, n]` of the blocks of one size.
+        They are those of the objective as a share of its start, so that a number means the same for any model.
       momentum: of the first two; as in SGD.
       batch: how many parts a step looks at: batches for "network" (default 1), inputs that weights share for "layers"
         (default 8).
@@ -143,18 +144,18 @@ def learn(objective: Objective, turns: Turns, how: Settings) -> Stacks | None:
     parts = _parts(objective.parts, how)
     measured = min(objective.parts, _CHECKED[how.objective] or objective.parts)
     total = lambda s: sum(float(objective.value(s, i)) for i in range(measured)) / measured
-    best, least, begun = None, total(stacks), None
+    best, least = None, total(stacks)
+    begun = least
     with Progress(how.steps, "learning rotations", "steps") as progress:
         for k in range(1, how.steps + 1):
             loss, gradient = _mean([objective.gradient(stacks, next(parts)) for _ in range(how.batch)])
-            stacks, state = step(stacks, gradient, state)
+            stacks, state = step(stacks, [g / begun for g in gradient] if begun > 0 else gradient, state)
             note = f"{float(loss):.4g}"
             if k * how.checks // how.steps > (k - 1) * how.checks // how.steps:
                 now = total(stacks)
                 if not np.isfinite(now):
                     _warn_lost(k)
                     break
-                begun = begun or least
                 if now < least:
                     best, least = stacks, now
                 note = f"{least:.4g} of {begun:.4g} at the start"

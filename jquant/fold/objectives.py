@@ -17,7 +17,7 @@ from jquant.core.errors import JQuantError
 from jquant.core.method import Folding, Rounding
 from jquant.core.paths import flatten_with_paths
 from jquant.core.per_use import held, holding, is_per_use
-from jquant.core.problem import as_problem, bring_back, finish
+from jquant.core.problem import as_problem, bring_back
 from jquant.core.qtensor import from_rows
 from jquant.core.recipe import Recipe
 from jquant.fold.info import Role
@@ -26,7 +26,7 @@ from jquant.fold.rotate import Ready, rotation
 from jquant.fold.rotations import Block, Places, classes_of, find_places, rotate_places
 from jquant.solvers.rtn import rtn
 from jquant.trace.execute import quantized
-from jquant.trace.fake_quant import decoded, fake_quantized, scaled_error
+from jquant.trace.fake_quant import fake_quantized, scaled_error
 from jquant.trace.function import call_args, call_key, split_arrays
 from jquant.trace.sites import find_sites
 from jquant.trace.targets import Target, plan_targets
@@ -276,9 +276,8 @@ def _error(t: _Turned, w: jax.Array, matrices: list[jax.Array]) -> jax.Array:
         w = w if places is None else rotate_places(w, places, lambda i: matrices[i])
     axes = t.target.contracted, t.target.batch
     problem = as_problem(w, *axes)
-    fixed = jax.lax.stop_gradient(problem.rows)
-    q = finish(problem, _solve(Rounding(fixed), None, t.target.format), t.target.format)
-    e = scaled_error(problem.rows, decoded(q, *axes) - fixed.astype(jnp.float32), t.target.format).astype(w.dtype)
+    done = _solve(Rounding(jax.lax.stop_gradient(problem.rows)), None, t.target.format)
+    e = scaled_error(problem.rows, done, t.target.format).astype(w.dtype)
     if t.ins is None:
         return e
     full = from_rows(bring_back(problem, e), axes[0], [w.shape[a] for a in axes[0]])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.core.activation import Policy
-from jquant.core.formats import BlockParams, Format, block_extremes, spread
+from jquant.core.formats import BlockParams, Format, block_extremes, decode, spread
 from jquant.core.histogram import static_range
 from jquant.core.method import Rounding
 from jquant.core.per_use import held, holding
@@ -118,14 +118,14 @@ def _trained(
     problem = as_problem(fixed, target.contracted, target.batch)
     solve = rtn().solve
     assert solve is not None
-    q = finish(problem, solve(Rounding(problem.rows), None, target.format), target.format)
+    done = solve(Rounding(problem.rows), None, target.format)
+    q = finish(problem, done, target.format)
     # As in `quantized`, the codes are given: fused into their products they might be rounded in another way.
     q = jax.lax.optimization_barrier(q)
     soft = to_rows(w, target.contracted)
     if scales:
         rows = as_problem(w, target.contracted, target.batch).rows
-        error = jax.lax.stop_gradient(decoded(q, target.contracted, target.batch) - rows.astype(jnp.float32))
-        soft = soft + bring_back(problem, scaled_error(rows, error, target.format)).astype(w.dtype)
+        soft = soft + bring_back(problem, scaled_error(rows, done, target.format)).astype(w.dtype)
     elif clip:
         reached = from_rows(_inside(to_rows(fixed, target.contracted), q), q.contracted, q.contracted_shape)
         soft = to_rows(jnp.where(reached, w, fixed), target.contracted)
@@ -138,21 +138,17 @@ def _trained(
     return _with_soft(q.replace(activation=act, activation_params=params), soft)
 
 
-def decoded(q: QTensor, contracted: tuple[int, ...], batch: tuple[int, ...]) -> jax.Array:
-    """The rows `[batch, m, n]`, float32, that a solver's answer stands for."""
-    return as_problem(q.dequantize(), contracted, batch).rows.astype(jnp.float32)
-
-
-def scaled_error(rows: jax.Array, error: jax.Array, fmt: Format) -> jax.Array:
-    """The error of rounded rows `[batch, m, n]`, with the derivative that it has by the range of each block.
+def scaled_error(rows: jax.Array, done: Rounding, fmt: Format) -> jax.Array:
+    """What rounding changes in rows `[batch, m, n]`, float32, with its derivative by the range of each block.
 
     In units of the scale the error is held fixed, which is the straight-through estimator; the scale goes with the range.
     """
+    assert done.params is not None and done.codes is not None
+    error = jax.lax.stop_gradient(decode(done.codes, done.params, fmt) - rows.astype(jnp.float32))
     low, high = block_extremes(rows, fmt, stacked=1)
     width = jnp.maximum(-low, high) if fmt.symmetric else high - low
     growth = width / jax.lax.stop_gradient(jnp.where(width > 0, width, 1))
-    growth = spread(spread_rows(growth, fmt.tile_rows, rows.shape[-2]), fmt, rows.shape[-1])
-    return error.astype(jnp.float32) * growth
+    return error * spread(spread_rows(growth, fmt.tile_rows, rows.shape[-2]), fmt, rows.shape[-1])
 
 
 def _inside(rows: jax.Array, q: QTensor) -> jax.Array:

@@ -12,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jquant as jq
-from jquant.core.method import Folding
+from jquant.core.activation import split_policy
+from jquant.core.formats import decode
+from jquant.core.method import Folding, Rounding
+from jquant.core.paths import flatten_with_paths
 from jquant.core.per_use import is_per_use
+from jquant.core.problem import as_problem
 from jquant.fold import cayley, learned, objectives
 from jquant.fold.hadamard import random_rotation
 from jquant.fold.objectives import group_blocks
@@ -119,13 +123,19 @@ def test_a_fold_in_jax_is_the_fold_and_has_its_derivative(name):
 
 @pytest.mark.parametrize("text", ["int4-g4", "int3-g5-asym", "int4", "nf4-g4"])
 def test_the_error_grows_with_the_range_of_its_block(text):
-    """The derivative of s (c - w/s) by w with the bracket held: by finite differences of the range."""
+    """The derivative of s (c - w/s) with the bracket held: against finite differences of rounding, and by hand."""
     fmt, w = jq.parse_format(text), jnp.asarray(weights(1, 3, 10), jnp.float32)[None]
-    e = jnp.asarray(weights(2, 3, 10), jnp.float32)[None]
-    np.testing.assert_allclose(scaled_error(w, e, fmt), e, rtol=1e-6)
-    np.testing.assert_allclose(scaled_error(1.5 * w, e, fmt), e, rtol=1e-6)
-    _, change = jax.jvp(lambda w: scaled_error(w, e, fmt), (w,), (w,))  # all ranges grow by their own size
-    np.testing.assert_allclose(change, e, rtol=1e-5)
+    done = jq.rtn().solve(Rounding(w), None, fmt)
+    e = decode(done.codes, done.params, fmt) - w
+    run = lambda v: scaled_error(v, jq.rtn().solve(Rounding(jax.lax.stop_gradient(v)), None, fmt), fmt)
+    # All ranges grow by their own size: so does the error, as it does when the weights are scaled and rounded again.
+    value, change = jax.jvp(run, (w,), (w,))
+    np.testing.assert_allclose(value, e, atol=1e-7)
+    np.testing.assert_allclose(change, e, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(change, (run(1.001 * w) - run(0.999 * w)) / 0.002, rtol=1e-2, atol=1e-3)
+    # Inside the range, a weight's own derivative is that of its rounding: none.
+    _, still = jax.jvp(run, (w,), (w * (jnp.abs(w) < 0.05),))
+    np.testing.assert_allclose(still, 0, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["fused", "scanned", "experts"])
@@ -143,8 +153,7 @@ def test_the_layers_objective_is_the_error_of_what_quantize_returns(name):
         stats = jq.calibrate(model.apply, after, [model.args])
     units = {}
     sites = jq.find_sites(model.apply, after, *model.args).by_path()
-    flat = jq.core.paths.flatten_with_paths
-    before, rounded = dict(flat(after)[0]), dict(flat(q)[0])
+    before, rounded = dict(flatten_with_paths(after)[0]), dict(flatten_with_paths(q)[0])
     for path in job.formats:
         if any(p == path for b in turns.blocks for p in (*b.producers, *b.readers)):
             units.setdefault(id(stats[path].gram), []).append(path)
@@ -153,7 +162,7 @@ def test_the_layers_objective_is_the_error_of_what_quantize_returns(name):
         size = total = 0.0
         for p in paths:
             site = sites[p][0]
-            rows = lambda a: np.asarray(jq.core.problem.as_problem(jnp.asarray(a), site.contracted, site.batch).rows, float)
+            rows = lambda a: np.asarray(as_problem(jnp.asarray(a), site.contracted, site.batch).rows, float)
             h = np.asarray(stats[p].gram, float)
             h = h.reshape(-1, *h.shape[-2:])
             w, e = rows(before[p]), rows(rounded[p]) - rows(before[p])
@@ -161,13 +170,13 @@ def test_the_layers_objective_is_the_error_of_what_quantize_returns(name):
             total += np.einsum("bmi,bij,bmj", e, h, e)
         want.append(total / size)
     assert len(want) == found.parts > 1
-    np.testing.assert_allclose(got, want, rtol=2e-3)
+    np.testing.assert_allclose(sorted(got), sorted(want), rtol=2e-3)
 
 
 @pytest.mark.parametrize("policy", ["int3-g6", pytest.param("int4-g6+int4", marks=pytest.mark.slow)])
 def test_the_network_objective_is_the_divergence_of_what_quantize_returns(policy):
     model, policy = BANK["scanned"], jq.parse_policy(policy)
-    fmt, act = jq.core.activation.split_policy(policy)
+    fmt, act = split_policy(policy)
     paths = [f"layers/{n}" for n in ("qkv", "o", "gate_up", "down")]
     job, ready, turns = _ready(model, fmt=fmt, activations={} if act is None else dict.fromkeys(paths, act))
     found = objectives.network(job, ready, turns)
