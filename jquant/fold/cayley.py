@@ -1,9 +1,9 @@
 """Steps on the orthogonal group by the Cayley transform (Li et al., arXiv 2002.01113; SpinQuant, arXiv 2405.16406).
 
-R `[..., n, n]` is orthogonal, G = dL/dR. To first order exp(U) R, U skew, changes L by <skew(G R^T), U>: that skew matrix
-is the gradient, and a step goes to (I - U/2)^-1 (I + U/2) R. Two departures from the papers, both towards what they
-approximate: the momentum is kept as a skew matrix, which stays a tangent wherever R goes (there it is M = W R, projected
-again at each step), and the transform is solved for, where they take two steps of a fixed point.
+R `[..., n, n]` is orthogonal, G = dL/dR. To first order exp(U) R, U skew, changes L by <skew(G R^T), U>: that skew
+matrix is the gradient, and a step goes to (I - U/2)^-1 (I + U/2) R. Two departures from the papers, both towards what
+they approximate: the momentum is kept as a skew matrix, which stays a tangent wherever R goes (there it is M = W R,
+projected again at each step), and the transform is solved for, where they take two steps of a fixed point.
 """
 
 from functools import partial
@@ -11,8 +11,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jquant.fold.hadamard import keeping_ones
 
 _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -55,6 +53,8 @@ def moved(r: jax.Array, u: jax.Array) -> jax.Array:
 
 def orthogonal(r: np.ndarray, ones: bool = False) -> np.ndarray:
     """The orthogonal matrix next to `r` `[n, n]`, in float64; with `ones` it maps the vector of ones to itself."""
-    u, _, vt = np.linalg.svd(np.asarray(r, np.float64))
-    q = u @ vt
-    return keeping_ones(q) if ones else q
+    a = np.asarray(r, np.float64)
+    if ones:  # what it does to the others' space, which then stays apart
+        a = a - a.mean(0) - a.mean(1, keepdims=True) + a.mean() + 1 / len(a)
+    u, _, vt = np.linalg.svd(a)
+    return u @ vt

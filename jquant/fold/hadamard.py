@@ -68,10 +68,10 @@ def random_rotation(n: int, rng: np.random.Generator, ones: bool = False) -> np.
         rest, _ = np.linalg.qr(rng.normal(size=(n // size, n // size)))
         q = np.kron(q, rest)
     r = rng.choice([-1.0, 1.0], size=n)[:, None] * q
-    return keeping_ones(r) if ones else r
+    return _keeping_ones(r) if ones else r
 
 
-def keeping_ones(r: np.ndarray) -> np.ndarray:
+def _keeping_ones(r: np.ndarray) -> np.ndarray:
     """P r, with the reflection P that maps r u to u, u the unit vector of ones."""
     u = np.full(len(r), len(r) ** -0.5)
     v = r @ u - u

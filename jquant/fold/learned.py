@@ -44,10 +44,10 @@ def learned_rotation(
 ) -> Method:  # fmt: skip
     """SpinQuant's learned rotations (arXiv 2405.16406) R1 and R2, found in the jaxpr and merged into the weights.
 
-    They start as those of `rotate(seed)` and are learned on the orthogonal group by Cayley steps, so that the model with
-    its weights (and inputs, where the policy says so) rounded to nearest comes closer to the float model. The best by
-    the objective is kept, the start included, and then folded and proven as `rotate` does: everything said there holds.
-    Nothing is learned of what can't be proven. Needs calibration data, unless `steps` is 0, and logits for
+    They start as those of `rotate(seed)` and are learned on the orthogonal group by Cayley steps, so that the model
+    with its weights (and inputs, where the policy says so) rounded to nearest comes closer to the float model. The best
+    by the objective is kept, the start included, and then folded and proven as `rotate` does: everything said there
+    holds. Nothing is learned of what can't be proven. Needs calibration data, unless `steps` is 0, and logits for
     `objective="network"`. Chooses no codes: chain it, as in `chain(learned_rotation(), gptq())`.
 
     Args:
@@ -55,8 +55,8 @@ def learned_rotation(
       objective: "network", KL(float || rounded) over the batches, SpinQuant's but that it aims at the float model's
         predictions and not at the text; a step runs the network several times. "layers", the relative squared error of
         the layers' outputs, tr(E H E^T) / tr(W H W^T), under the second moments of the float model's inputs; rounding
-        of inputs is not seen. A step looks at a few layers, and all Gram matrices are in memory (n x n float32 for every
-        distinct input).
+        of inputs is not seen. A step looks at a few layers, and all Gram matrices are in memory (n x n float32 for
+        every distinct input).
       steps: how many; 0 is `rotate(seed)`, bit for bit.
       learning_rate: a number, that falls linearly to zero as in the paper; an optax schedule; or any
         `optax.GradientTransformation`, of the gradients in the skew matrices `[k, n, n]` of the blocks of one size.

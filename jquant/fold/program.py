@@ -81,8 +81,8 @@ def _numbers(a: Any) -> Any:
 def edit(fold: Fold, path: str, leaf: Any, cuts: Cuts = ()) -> Any:
     """A leaf (float64, or a PerUse), or the part of it that `cuts` take, changed; the leaf itself where nothing is.
 
-    A `jax.Array` stays one, in its dtype, and has a derivative if the change has; of a PerUse that may be the value, the
-    maps are numbers.
+    A `jax.Array` stays one, in its dtype, and has a derivative if the change has; of a PerUse that may be the value,
+    the maps are numbers.
 
     Raises:
       ValueError: it can't be changed so.

@@ -14,7 +14,6 @@ from jquant.fold.program import Program, apply_fold, prove, read_program, warn_r
 from jquant.fold.rotations import Block, find_rotations, rotate_array
 from jquant.fold.scales import find_scales, scaling
 
-
 NO_STREAM = "no residual stream was found that could be rotated"
 
 

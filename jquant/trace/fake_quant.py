@@ -141,7 +141,7 @@ def _trained(
 def scaled_error(rows: jax.Array, done: Rounding, fmt: Format) -> jax.Array:
     """What rounding changes in rows `[batch, m, n]`, float32, with its derivative by the range of each block.
 
-    In units of the scale the error is held fixed, which is the straight-through estimator; the scale goes with the range.
+    In units of the scale the error is held fixed: the straight-through estimator. The scale goes with the range.
     """
     assert done.params is not None and done.codes is not None
     error = jax.lax.stop_gradient(decode(done.codes, done.params, fmt) - rows.astype(jnp.float32))

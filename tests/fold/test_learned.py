@@ -57,7 +57,9 @@ def _ready(model, params=None, fmt=INT3, activations=None):
 # --- steps ---
 
 
-@given(seed=st.integers(0, 1000), n=st.sampled_from([2, 5, 12, 36]), ones=st.booleans(), size=st.sampled_from([1e-3, 1, 1e3]))
+@given(
+    seed=st.integers(0, 1000), n=st.sampled_from([2, 5, 12, 36]), ones=st.booleans(), size=st.sampled_from([0.01, 1, 99])
+)
 @settings(max_examples=15)
 def test_no_number_of_steps_leaves_the_orthogonal_group(seed, n, ones, size):
     """To float32: 60 steps along random gradients, small ones and such that the bound cuts."""
@@ -70,7 +72,7 @@ def test_no_number_of_steps_leaves_the_orthogonal_group(seed, n, ones, size):
     wide = np.asarray(r[0], np.float64)
     assert np.abs(wide @ wide.T - np.eye(n)).max() < 1e-6
     assert not ones or np.abs(wide.sum(1) - 1).max() < 1e-4
-    assert n == 2 or np.abs(first - r).max() > 0.01
+    assert n == 2 or np.abs(first - r).max() > 1e-3
     exact = cayley.orthogonal(wide, ones)
     assert np.abs(exact @ exact.T - np.eye(n)).max() < 1e-14 and np.abs(exact - wide).max() < 1e-4
     assert not ones or np.abs(exact.sum(1) - 1).max() < 1e-14
@@ -161,13 +163,12 @@ def test_the_layers_objective_is_the_error_of_what_quantize_returns(name):
     for paths in units.values():
         size = total = 0.0
         for p in paths:
-            site = sites[p][0]
-            rows = lambda a: np.asarray(as_problem(jnp.asarray(a), site.contracted, site.batch).rows, float)
+            axes = sites[p][0].contracted, sites[p][0].batch
+            w, r = (np.asarray(as_problem(jnp.asarray(t[p]), *axes).rows, float) for t in (before, rounded))
             h = np.asarray(stats[p].gram, float)
             h = h.reshape(-1, *h.shape[-2:])
-            w, e = rows(before[p]), rows(rounded[p]) - rows(before[p])
             size += np.einsum("bmi,bij,bmj", w, h, w)
-            total += np.einsum("bmi,bij,bmj", e, h, e)
+            total += np.einsum("bmi,bij,bmj", r - w, h, r - w)
         want.append(total / size)
     assert len(want) == found.parts > 1
     np.testing.assert_allclose(sorted(got), sorted(want), rtol=2e-3)
