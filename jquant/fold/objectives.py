@@ -103,8 +103,8 @@ def policies(job: Folding) -> Recipe:
 
 
 def network(job: Folding, ready: Ready, turns: Turns) -> Objective:
-    """KL(float || rounded), nats for each position of the logits; a part is a batch. SpinQuant's objective, but that the
-    target is the float model's prediction and not the text.
+    """KL(float || rounded), nats for each position of the logits; a part is a batch. SpinQuant's objective, but
+    that the target is the float model's prediction and not the text.
 
     Raises:
       JQuantError: the function returns no logits.

@@ -58,7 +58,8 @@ def _ready(model, params=None, fmt=INT3, activations=None):
 
 
 @given(
-    seed=st.integers(0, 1000), n=st.sampled_from([2, 5, 12, 36]), ones=st.booleans(), size=st.sampled_from([0.01, 1, 99])
+    seed=st.integers(0, 1000), n=st.sampled_from([2, 5, 12, 36]), ones=st.booleans(),
+    size=st.sampled_from([0.01, 1, 99]),
 )
 @settings(max_examples=15)
 def test_no_number_of_steps_leaves_the_orthogonal_group(seed, n, ones, size):
@@ -104,7 +105,7 @@ def test_steps_are_bounded():
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", ["fused", "scanned", "gpt2_nnx"])
 def test_a_fold_in_jax_is_the_fold_and_has_its_derivative(name):
-    """In float64, by central differences, along a step of every block; a linear function of all that the fold writes."""
+    """In float64, by central differences, along a step of every block, of a linear function of all that is written."""
     model = BANK[name]
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.simplefilter("ignore", jq.JQuantWarning)
