@@ -30,7 +30,7 @@ from tests.interrupts import interrupt_walk
 from tests.problems import weights
 
 INT3 = jq.parse_format("int3-g6")
-FAST = partial(jq.learned_rotation, steps=6, batch=3, learning_rate=0.05)
+FAST = partial(jq.learned_rotation, steps=10, batch=4, learning_rate=1.0)
 
 
 def _same(a, b):
@@ -57,26 +57,20 @@ def _ready(model, params=None, fmt=INT3, activations=None):
 # --- steps ---
 
 
-@given(
-    seed=st.integers(0, 1000), n=st.sampled_from([2, 5, 12, 36]), ones=st.booleans(),
-    size=st.sampled_from([0.01, 1, 99]),
-)
-@settings(max_examples=15)
-def test_no_number_of_steps_leaves_the_orthogonal_group(seed, n, ones, size):
-    """To float32: 60 steps along random gradients, small ones and such that the bound cuts."""
-    rng = np.random.default_rng(seed)
-    r = jnp.asarray(random_rotation(n, rng, ones), jnp.float32)[None]
-    step = jax.jit(lambda r, g: cayley.moved(r, -cayley.tangent(g, r, ones)))
-    first = r
-    for _ in range(60):
-        r = step(r, jnp.asarray(size * rng.normal(size=(1, n, n)), jnp.float32))
-    wide = np.asarray(r[0], np.float64)
-    assert np.abs(wide @ wide.T - np.eye(n)).max() < 1e-6
-    assert not ones or np.abs(wide.sum(1) - 1).max() < 1e-4
-    assert n == 2 or np.abs(first - r).max() > 1e-3
-    exact = cayley.orthogonal(wide, ones)
-    assert np.abs(exact @ exact.T - np.eye(n)).max() < 1e-14 and np.abs(exact - wide).max() < 1e-4
-    assert not ones or np.abs(exact.sum(1) - 1).max() < 1e-14
+@pytest.mark.parametrize("n, ones", [(2, False), (12, True), (36, False)])
+def test_no_number_of_steps_leaves_the_orthogonal_group(n, ones):
+    """To float32: 100 steps along random gradients, small ones and such that the bound cuts."""
+    rng = np.random.default_rng(n)
+    first = jnp.asarray(np.stack([random_rotation(n, rng, ones) for _ in range(3)]), jnp.float32)
+    gradients = rng.normal(size=(100, 3, n, n)) * np.array([0.01, 1, 99])[:, None, None]
+    step = lambda r, g: (cayley.moved(r, -cayley.tangent(g, r, ones)), None)
+    last = jax.jit(lambda r, g: jax.lax.scan(step, r, g)[0])(first, jnp.asarray(gradients, jnp.float32))
+    for r, begun in zip(np.asarray(last, np.float64), np.asarray(first)):
+        assert np.abs(r @ r.T - np.eye(n)).max() < 1e-6 and np.abs(r - begun).max() > 1e-3
+        assert not ones or np.abs(r.sum(1) - 1).max() < 1e-4
+        exact = cayley.orthogonal(r, ones)
+        assert np.abs(exact @ exact.T - np.eye(n)).max() < 1e-14 and np.abs(exact - r).max() < 1e-4
+        assert not ones or np.abs(exact.sum(1) - 1).max() < 1e-14
 
 
 @given(seed=st.integers(0, 1000), ones=st.booleans())
@@ -131,11 +125,11 @@ def test_the_error_grows_with_the_range_of_its_block(text):
     done = jq.rtn().solve(Rounding(w), None, fmt)
     e = decode(done.codes, done.params, fmt) - w
     run = lambda v: scaled_error(v, jq.rtn().solve(Rounding(jax.lax.stop_gradient(v)), None, fmt), fmt)
-    # All ranges grow by their own size: so does the error, as it does when the weights are scaled and rounded again.
+    # All ranges grow by their own size: so does the error, as it does when the weights are doubled and rounded again.
     value, change = jax.jvp(run, (w,), (w,))
     np.testing.assert_allclose(value, e, atol=1e-7)
     np.testing.assert_allclose(change, e, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(change, (run(1.001 * w) - run(0.999 * w)) / 0.002, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(change, run(2 * w) - run(w), rtol=1e-5, atol=1e-7)
     # Inside the range, a weight's own derivative is that of its rounding: none.
     _, still = jax.jvp(run, (w,), (w * (jnp.abs(w) < 0.05),))
     np.testing.assert_allclose(still, 0, atol=1e-7)
@@ -183,7 +177,7 @@ def test_the_network_objective_is_the_divergence_of_what_quantize_returns(policy
     job, ready, turns = _ready(model, fmt=fmt, activations={} if act is None else dict.fromkeys(paths, act))
     found = objectives.network(job, ready, turns)
     q = jq.quantize(
-        model.apply, model.params, {"embed": None, "*": policy}, jq.chain(jq.rotate(), jq.rtn()), [model.args]
+        model.apply, model.params, dict.fromkeys(paths, policy), jq.chain(jq.rotate(), jq.rtn()), [model.args]
     )
     a, b = model.apply(model.params, *model.args), jq.quantized(model.apply)(q, *model.args)
     p, r = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (a, b))
@@ -198,7 +192,7 @@ def test_learning_never_ends_behind_its_start(objective):
     found = getattr(objectives, objective)(job, ready, turns)
     total = lambda s: sum(float(found.value(s, i)) for i in range(found.parts))
     start = total(turns.stack(partial(start_matrix, 0)))
-    how = learned.Settings(0, objective, 20, 0.05, 0.9, min(4, found.parts), 4)
+    how = learned.Settings(0, objective, 20, 1.0, 0.9, min(4, found.parts), 4)
     best = learned.learn(found, turns, how)
     assert best is not None and total(best) < 0.9 * start
     for r in best:
@@ -226,7 +220,7 @@ def test_no_steps_are_rotate(name):
     model = BANK[name]
     shapes = [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), model.args)]
     runs = [
-        jq.quantize(model.apply, model.params, {"embed": None, "*": INT3}, jq.chain(m, jq.rtn()), shapes)
+        jq.quantize(model.apply, model.params, {"*down": INT3}, jq.chain(m, jq.rtn()), shapes)
         for m in (jq.rotate(2), jq.learned_rotation(2, steps=0))
     ]
     assert _same(*runs)
