@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from jquant.evaluate import Evaluation, evaluate, evaluate_all, windows
     from jquant.fold.awq import awq
     from jquant.fold.found import FoldFound, Folds, find_folds
+    from jquant.fold.learned import learned_rotation
     from jquant.fold.rotate import rotate
     from jquant.fold.smoothquant import smoothquant
     from jquant.methods import parse_method
@@ -96,6 +97,7 @@ _NAMES = {
     "evaluate": "Evaluation evaluate evaluate_all windows",
     "fold.awq": "awq",
     "fold.found": "FoldFound Folds find_folds",
+    "fold.learned": "learned_rotation",
     "fold.rotate": "rotate",
     "fold.smoothquant": "smoothquant",
     "methods": "parse_method",

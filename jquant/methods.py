@@ -9,6 +9,7 @@ from typing import Any
 from jquant.core.errors import JQuantError
 from jquant.core.method import Method, chain
 from jquant.fold.awq import awq
+from jquant.fold.learned import learned_rotation
 from jquant.fold.rotate import rotate
 from jquant.fold.smoothquant import smoothquant
 from jquant.solvers.gptaq import gptaq
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "smoothquant-search": partial(smoothquant, alpha=None),
     "rotate": rotate,
     "lowrank": lowrank,
+    "learned_rotation": learned_rotation,
 }
 _COLUMNWISE = ("gptq", "gptaq", "qronos")  # those that take act_order and damp
 _PART = re.compile(r"\s*([\w-]+)\s*(\(.*\))?\s*", re.S)

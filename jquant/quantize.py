@@ -101,12 +101,13 @@ def quantize(
 def _fold(apply: Any, box: list[Any], targets: dict[str, Target], method: Method, batches: list[Any]) -> Any:
     """The parameters in `box` after what the method does to the model before it rounds."""
     formats = {p: t.format for p, t in targets.items()}
+    activations = {p: t.activation for p, t in targets.items() if t.activation is not None}
 
     def statistics(params: Any, paths: Iterable[str], gram: bool = False) -> dict[str, Stats]:
         return calibrate(apply, params, batches, paths=paths, gram=gram)
 
     for fold in method.folds:
-        box.append(fold(Folding(apply, box.pop(), batches, formats, statistics)))
+        box.append(fold(Folding(apply, box.pop(), batches, formats, statistics, activations)))
         memory.give_back()
     return box.pop()
 

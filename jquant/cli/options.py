@@ -55,6 +55,7 @@ methods say how, '+' composes them from left to right:
   awq              makes salient channels larger, clips blocks by output error
 in front of one of these, to change the model before it is rounded, exactly:
   rotate           spreads outliers by random Hadamard matrices; needs no data
+  learned_rotation the same, learned on the calibration data
   awq-scales       awq's channels without its clipping and rounding
   smoothquant      moves outliers of activations into the weights (alpha 0.8);
   smoothquant-search  the same, alpha searched for each input

@@ -3,10 +3,12 @@
 import itertools
 import warnings
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
+from jquant.core.activation import Activation
 from jquant.core.errors import JQuantWarning
 from jquant.core.formats import BlockParams, Format
 from jquant.core.side import Side
@@ -54,6 +56,7 @@ class Folding(NamedTuple):
       batches: calibration data, at least one batch; perhaps shapes only.
       formats: path -> format, of the leaves that will be quantized.
       calibrate: `(params, paths) -> path -> Stats`, with Gram matrices where `gram=True`.
+      activations: path -> how the inputs of its products are rounded, where they are.
     """
 
     apply: Callable[..., Any]
@@ -61,6 +64,7 @@ class Folding(NamedTuple):
     batches: list[Any]
     formats: Mapping[str, Format]
     calibrate: Callable[..., dict[str, Stats]]
+    activations: Mapping[str, Activation] = MappingProxyType({})
 
     def miss(self, name: str, what: str) -> None:
         """Says in a warning what a fold did not find."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from jquant.core.errors import JQuantWarning
 from jquant.core.paths import flatten_with_paths
-from jquant.core.per_use import PerUse, is_per_use
+from jquant.core.per_use import PerUse, held, holding, is_per_use
 from jquant.fold import arrays
 from jquant.fold.flow import Flow
 from jquant.fold.info import Fold, Role
@@ -81,6 +81,9 @@ def _numbers(a: Any) -> Any:
 def edit(fold: Fold, path: str, leaf: Any, cuts: Cuts = ()) -> Any:
     """A leaf (float64, or a PerUse), or the part of it that `cuts` take, changed; the leaf itself where nothing is.
 
+    A `jax.Array` stays one, in its dtype, and has a derivative if the change has; of a PerUse that may be the value,
+    the maps are numbers.
+
     Raises:
       ValueError: it can't be changed so.
     """
@@ -92,11 +95,21 @@ def edit(fold: Fold, path: str, leaf: Any, cuts: Cuts = ()) -> Any:
         return _edit_uses(fold, leaf, {r.kind: r for r in roles})
     [role] = roles
     a, b = flow.affine.get(path, (1.0, 0.0)) if role.kind == "read" else (1.0, 0.0)
-    before = np.asarray(leaf, np.float64) * a + b
+    before = _wide(leaf) * a + b
     after = fold.change(before, _cut(flow, role, "outs", cuts), _cut(flow, role, "ins", cuts))
-    if role.kind == "read":  # a gain that was divided by itself is one, and not one and a rounding error
+    if role.kind == "read" and not isinstance(after, jax.Array):
+        # a gain that was divided by itself is one, and not one and a rounding error
         after = np.where(np.abs(after - 1) < 1e-15, 1.0, after)
-    return leaf if after is before or np.array_equal(after, before) else (after - b) / a
+    return leaf if _same(after, before) else (after - b) / a
+
+
+def _wide(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, np.float64)
+
+
+def _same(after: Any, before: Any) -> bool:
+    """Whether a change is none; one that is traced is one."""
+    return after is before or (not isinstance(after, jax.Array) and np.array_equal(after, before))
 
 
 def _cut(flow: Flow, role: Role, side: str, cuts: Cuts) -> np.ndarray | None:
@@ -109,31 +122,35 @@ def _edit_uses(fold: Fold, leaf: Any, roles: dict[str, Role]) -> Any:
     flow = fold.flow
     node = leaf if isinstance(leaf, PerUse) else PerUse(leaf)
     maps: dict[str, Any] = {}
+    begun: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for kind, side, key in (("lookup", "outs", "lookup"), ("dot", "ins", "product")):
         maps[key] = getattr(node, key)
         if kind in roles:
             classes = _row_classes(flow, roles[kind], side)
             before = _map_rows(maps[key], fold.diagonal, classes.shape[-1])
+            begun[key] = before, classes
             after = fold.change(before, *((classes, None) if side == "outs" else (None, classes)))
-            if not np.array_equal(after, before):
+            if not _same(after, before):
                 maps[key] = after[0] if len(after) == 1 else after
-    if is_per_use(leaf) or not _alike(maps["lookup"], maps["product"]):
+    if is_per_use(leaf) or not _alike(maps["lookup"], maps["product"], begun):
         return node.replace(**maps)
     if maps["lookup"] is None:
         return leaf
     axis = _row_axis(flow, roles["lookup"])
-    rows = np.moveaxis(np.asarray(leaf, np.float64), axis, -1)
-    by = maps["lookup"]
-    return np.moveaxis(rows * by if by.ndim == 1 else rows @ by, -1, axis)
+    by, xp = maps["lookup"], jnp if isinstance(leaf, jax.Array) else np
+    rows = xp.moveaxis(_wide(leaf), axis, -1)
+    return xp.moveaxis(rows * by if by.ndim == 1 else xp.matmul(rows, by), -1, axis)
 
 
 def _row_axis(flow: Flow, role: Role) -> int:
     return next(d for d, n in enumerate(flow.outs[role].shape) if n > 1)
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _alike(a: Any, b: Any, begun: dict[str, tuple[np.ndarray, np.ndarray]]) -> bool:
     if a is None or b is None:
         return a is b
+    if isinstance(a, jax.Array) or isinstance(b, jax.Array):  # no numbers; what was turned alike is alike
+        return len(begun) == 2 and all(map(np.array_equal, *begun.values()))
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -210,26 +227,32 @@ def _difference(program: Program, fold: Fold, before: list[np.ndarray]) -> str:
     return ""
 
 
-def apply_fold(fold: Fold, params: Any) -> Any:
-    """Parameters changed: computed in float64, in the dtypes that they had (the maps of a PerUse in float32)."""
+def apply_fold(fold: Fold, params: Any, traced: Any = None) -> Any:
+    """Parameters changed: computed in float64, in the dtypes that they had (the maps of a PerUse in float32).
+
+    Args:
+      traced: a float dtype, to compute in JAX and in it, with a derivative; the maps of a PerUse must be numbers.
+    """
     flat, treedef = flatten_with_paths(params)
-    return treedef.unflatten([_applied(fold, path, leaf) for path, leaf in flat])
+    return treedef.unflatten([_applied(fold, path, leaf, traced) for path, leaf in flat])
 
 
-def _applied(fold: Fold, path: str, leaf: Any) -> Any:
+def _applied(fold: Fold, path: str, leaf: Any, traced: Any) -> Any:
     if path in fold.flow.fixed or not any(r.path == path for r in fold.flow.outs):
         return leaf
-    inner = leaf if is_per_use(leaf) else np.asarray(leaf)
+    inner = leaf if is_per_use(leaf) else np.asarray(leaf) if traced is None else jnp.asarray(leaf)
     if not jnp.issubdtype(inner.dtype, jnp.floating):
         return leaf
+    if traced is not None:
+        inner = holding(leaf, jnp.asarray(held(leaf)).astype(traced))
     done = edit(fold, path, inner)
     if done is inner:
         return leaf
     if isinstance(done, PerUse):
         dtype = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
         maps = {k: None if (m := getattr(done, k)) is None else jnp.asarray(m, dtype) for k in ("lookup", "product")}
-        return done.replace(value=leaf.value if is_per_use(leaf) else leaf, **maps)
-    return jnp.asarray(np.asarray(done), leaf.dtype)
+        return done.replace(value=held(leaf), **maps)
+    return jnp.asarray(done if traced is not None else np.asarray(done), leaf.dtype)
 
 
 def warn_refused(name: str, refused: list[Refused], tell: Callable[[Any], str]) -> None:

@@ -1,5 +1,6 @@
 """Random rotations of the residual stream and of the attention heads, merged into the weights."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ from jquant.fold.info import Fold, Role
 from jquant.fold.program import Program, apply_fold, prove, read_program, warn_refused
 from jquant.fold.rotations import Block, find_rotations, rotate_array
 from jquant.fold.scales import find_scales, scaling
+
+NO_STREAM = "no residual stream was found that could be rotated"
 
 
 def rotate(seed: int = 0, *, stream: bool = True, heads: bool = True) -> Method:
@@ -34,36 +37,73 @@ def rotate(seed: int = 0, *, stream: bool = True, heads: bool = True) -> Method:
     """
 
     def fold(job: Folding) -> Any:
-        params = _fold_gains(job)
-        job = job._replace(params=params)  # nothing holds the old ones
-        program = read_program(job.apply, params, job.batches[0])
-        found = find_rotations(program.line, program.leaves)
-        blocks = [b for b in found.blocks if (stream if b.norm else heads)]
-
-        def make(chosen: list[Block]) -> Fold:
-            matrices: dict[int, np.ndarray] = {}
-
-            def matrix(i: int) -> np.ndarray:
-                if i not in matrices:
-                    first = int(chosen[i].labels[0])
-                    rng = np.random.default_rng([seed, first])
-                    matrices[i] = random_rotation(len(chosen[i].labels), rng, chosen[i].ones)
-                return matrices[i]
-
-            def change(a: np.ndarray, outs: np.ndarray | None, ins: np.ndarray | None) -> np.ndarray:
-                for classes in (outs, ins):
-                    a = a if classes is None else rotate_array(a, classes, chosen, matrix)
-                return a
-
-            return Fold(found.flow, False, change)
-
-        good, bad = prove(program, make, blocks)
-        warn_refused("rotate", bad, lambda b: f"{b.producers[0]} and what it shares {len(b.labels)} channels with")
+        job = job._replace(params=fold_gains(job, "rotate"))  # nothing holds the old ones
+        ready = find_blocks(job, stream, heads)
+        matrix_of = lambda block: start_matrix(seed, block)
+        good = proven(ready, "rotate", matrix_of)
         if stream and not any(b.norm for b in good):
-            job.miss("rotate", "no residual stream was found that could be rotated")
-        return apply_fold(make(good), params) if good else params
+            job.miss("rotate", NO_STREAM)
+        return rotated(ready, good, matrix_of)
 
     return Method(call("rotate", seed=(seed, 0), stream=(stream, True), heads=(heads, True)), None, folds=(fold,))
+
+
+def start_matrix(seed: int, block: Block) -> np.ndarray:
+    """The random rotation of a block, float64 `[size, size]`."""
+    rng = np.random.default_rng([seed, int(block.labels[0])])
+    return random_rotation(len(block.labels), rng, block.ones)
+
+
+class Ready(NamedTuple):
+    """A model that can be rotated.
+
+    Attributes:
+      params: its parameters, the gains of norms moved into their readers.
+      program: of those.
+      flow: the labels of their channels.
+      blocks: what may be rotated.
+    """
+
+    params: Any
+    program: Program
+    flow: Flow
+    blocks: list[Block]
+
+
+def find_blocks(job: Folding, stream: bool, heads: bool) -> Ready:
+    """The blocks of a model whose gains are folded: of residual streams, and of what no norm reads."""
+    program = read_program(job.apply, job.params, job.batches[0])
+    found = find_rotations(program.line, program.leaves)
+    return Ready(job.params, program, found.flow, [b for b in found.blocks if (stream if b.norm else heads)])
+
+
+def rotation(flow: Flow, chosen: list[Block], matrix_of: Callable[[Block], Any]) -> Fold:
+    """The fold that rotates blocks, each by its matrix (made once)."""
+    matrices: dict[int, Any] = {}
+
+    def matrix(i: int) -> Any:
+        if i not in matrices:
+            matrices[i] = matrix_of(chosen[i])
+        return matrices[i]
+
+    def change(a: Any, outs: np.ndarray | None, ins: np.ndarray | None) -> Any:
+        for classes in (outs, ins):
+            a = a if classes is None else rotate_array(a, classes, chosen, matrix)
+        return a
+
+    return Fold(flow, False, change)
+
+
+def proven(ready: Ready, name: str, matrix_of: Callable[[Block], np.ndarray]) -> list[Block]:
+    """The blocks whose rotation is proven to change no output; a warning for each other."""
+    good, bad = prove(ready.program, lambda chosen: rotation(ready.flow, chosen, matrix_of), ready.blocks)
+    warn_refused(name, bad, lambda b: f"{b.producers[0]} and what it shares {len(b.labels)} channels with")
+    return good
+
+
+def rotated(ready: Ready, chosen: list[Block], matrix_of: Callable[[Block], np.ndarray]) -> Any:
+    """The parameters with some blocks rotated."""
+    return apply_fold(rotation(ready.flow, chosen, matrix_of), ready.params) if chosen else ready.params
 
 
 class _Gain(NamedTuple):
@@ -74,7 +114,7 @@ class _Gain(NamedTuple):
     values: np.ndarray
 
 
-def _fold_gains(job: Folding) -> Any:
+def fold_gains(job: Folding, name: str) -> Any:
     """Moves the gains of norms into the weights that read them."""
     program = read_program(job.apply, job.params, job.batches[0])
     flow = find_scales(program.line, program.leaves)
@@ -87,9 +127,9 @@ def _fold_gains(job: Folding) -> Any:
         return scaling(flow, scale)
 
     good, bad = prove(program, make, gains)
-    warn_refused("rotate", bad, lambda g: f"the gain {g.role.path}")
+    warn_refused(name, bad, lambda g: f"the gain {g.role.path}")
     for path, why in refused:
-        job.miss("rotate", f"the gain {path} is left as it is: {why}")
+        job.miss(name, f"the gain {path} is left as it is: {why}")
     return apply_fold(make(good), job.params) if good else job.params
 
 

@@ -9,6 +9,8 @@ matrix maps the vector of ones to itself; then a number added to all channels is
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jquant.core import kept
@@ -258,16 +260,27 @@ def _note_places(flow: Flow) -> None:
             flow.labels.note(np.maximum(array, 0), np.ones((1,) * array.ndim, np.int64), where)
 
 
-def rotate_array(
-    a: np.ndarray, classes: np.ndarray, blocks: list[Block], matrix: Callable[[int], np.ndarray]
-) -> np.ndarray:
-    """Rotates the channels of an array.
+class Places(NamedTuple):
+    """Where the channels of blocks are in an array.
+
+    Attributes:
+      order: the array's axes, those that carry channels last.
+      axes: how many carry channels; flattened, they are what `parts` count along.
+      parts: the number of a block, and where its channels are, `[copies, size]`.
+    """
+
+    order: tuple[int, ...]
+    axes: int
+    parts: list[tuple[int, np.ndarray]]
+
+
+def find_places(shape: tuple[int, ...], classes: np.ndarray, blocks: list[Block]) -> Places:
+    """Where the channels of blocks are in an array of a shape.
 
     Args:
-      a: float64.
-      classes: the class of each entry's channel, of the rank of `a`, 1 along the axes that carry no channels.
+      shape: the array's.
+      classes: the class of each entry's channel, of the array's rank, 1 along the axes that carry no channels.
       blocks: what is rotated.
-      matrix: the number of a block -> its orthogonal matrix R; the channels, a row vector v, become v R.
 
     Raises:
       ValueError: some channels of a block are not there as often as the others.
@@ -276,26 +289,82 @@ def rotate_array(
     for i, block in enumerate(blocks, 1):
         number[block.labels[block.labels < len(number)]] = i
     member = number[classes]
-    if not member.any():
-        return a
-    axes = [d for d in range(a.ndim) if classes.shape[d] > 1]
-    kept_axes = [d for d in range(a.ndim) if d not in axes]
-    moved = a.transpose([*kept_axes, *axes])
-    flat = moved.reshape(*moved.shape[: len(kept_axes)], -1).copy()
+    axes = [d for d in range(len(shape)) if classes.shape[d] > 1]
+    kept_axes = [d for d in range(len(shape)) if d not in axes]
     channels, member = (
-        np.broadcast_to(x, [a.shape[d] if d in axes else 1 for d in range(a.ndim)]) for x in (classes, member)
+        np.broadcast_to(x, [shape[d] if d in axes else 1 for d in range(len(shape))]) for x in (classes, member)
     )
     channels, member = (x.transpose([*kept_axes, *axes]).ravel() for x in (channels, member))
+    parts = []
     for i in np.unique(member[member > 0]):
         at = np.flatnonzero(member == i)
         order = np.argsort(channels[at], kind="stable")
         size = len(blocks[i - 1].labels)
         if len(at) % size or not (channels[at][order].reshape(size, -1) == blocks[i - 1].labels[:, None]).all():
             raise ValueError("not all channels of a block are there")
-        index = at[order].reshape(size, -1).T  # copies x channels
-        flat[..., index] = flat[..., index] @ matrix(int(i - 1))
-    back = np.argsort([*kept_axes, *axes])
-    return flat.reshape(moved.shape).transpose(back)
+        parts.append((int(i - 1), at[order].reshape(size, -1).T))
+    return Places((*kept_axes, *axes), len(axes), parts)
+
+
+def rotate_array(a: Any, classes: np.ndarray, blocks: list[Block], matrix: Callable[[int], Any]) -> Any:
+    """Rotates the channels of an array.
+
+    Args:
+      a: float64; a `jax.Array` if the matrices are.
+      classes, blocks: as for `find_places`.
+      matrix: the number of a block -> its orthogonal matrix R; the channels, a row vector v, become v R. With matrices
+        that are a `jax.Array` so is the result, in their dtype, with a derivative.
+
+    Raises:
+      ValueError: some channels of a block are not there as often as the others.
+    """
+    where = find_places(a.shape, classes, blocks)
+    return rotate_places(a, where, matrix) if where.parts else a
+
+
+def rotate_places(a: Any, where: Places, matrix: Callable[[int], Any]) -> Any:
+    """`rotate_array` at places that are known, at least one."""
+    moved = a.transpose(where.order)
+    flat = moved.reshape(*moved.shape[: a.ndim - where.axes], -1)
+    matrices = [matrix(i) for i, _ in where.parts]
+    turn = _turned if isinstance(matrices[0], jax.Array) else _turned_here
+    flat = turn(flat, [index for _, index in where.parts], matrices)
+    return flat.reshape(moved.shape).transpose([int(i) for i in np.argsort(where.order)])
+
+
+def _turned_here(flat: np.ndarray, parts: list[np.ndarray], matrices: list[np.ndarray]) -> np.ndarray:
+    flat = flat.copy()
+    for index, matrix in zip(parts, matrices, strict=True):
+        flat[..., index] = flat[..., index] @ matrix
+    return flat
+
+
+def _turned(flat: Any, parts: list[np.ndarray], matrices: list[jax.Array]) -> jax.Array:
+    """The same in JAX: blocks of one size in one product, entries that stay put where they are."""
+    flat = jnp.asarray(flat, matrices[0].dtype)
+    n = flat.shape[-1]
+    together: dict[tuple[int, ...], list[int]] = {}
+    for i, index in enumerate(parts):
+        together.setdefault(index.shape, []).append(i)
+    order, out = [], []
+    for numbers in together.values():
+        index = np.stack([parts[i] for i in numbers])
+        stack = jnp.stack([matrices[i] for i in numbers])
+        x = _take(flat, index.ravel()).reshape(*flat.shape[:-1], *index.shape)
+        y = jnp.einsum("...kcn,knm->...kcm", x, stack, precision=jax.lax.Precision.HIGHEST)
+        order.append(index.ravel())
+        out.append(y.reshape(*flat.shape[:-1], index.size))
+    rest = np.setdiff1d(np.arange(n), np.concatenate(order))
+    if len(rest):
+        order.append(rest)
+        out.append(_take(flat, rest))
+    joined = out[0] if len(out) == 1 else jnp.concatenate(out, axis=-1)
+    return _take(joined, np.argsort(np.concatenate(order), kind="stable"))
+
+
+def _take(flat: jax.Array, index: np.ndarray) -> jax.Array:
+    """The entries of the last axis at an index that names each once; none is moved where it is all of them in order."""
+    return flat if np.array_equal(index, np.arange(flat.shape[-1])) else jnp.take(flat, index, axis=-1)
 
 
 def classes_of(flow: Flow, role: Role, side: str) -> np.ndarray | None:

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from jquant.core.activation import Policy
-from jquant.core.formats import BlockParams, Format, spread
+from jquant.core.formats import BlockParams, Format, block_extremes, decode, spread
 from jquant.core.histogram import static_range
 from jquant.core.method import Rounding
 from jquant.core.per_use import held, holding
-from jquant.core.problem import as_problem, finish
+from jquant.core.problem import as_problem, bring_back, finish
 from jquant.core.qtensor import QTensor, from_rows, to_rows
 from jquant.core.recipe import Recipe, as_recipe
+from jquant.core.scales import spread_rows
 from jquant.core.stats import Stats
 from jquant.ops.low_precision import inside, straight_through
 from jquant.solvers.rtn import rtn
@@ -30,6 +31,7 @@ def fake_quantized(
     *,
     stats: Mapping[str, Stats] | None = None,
     clip: bool = True,
+    scales: bool = False,
 ) -> Callable[..., Any]:
     """The same function of the same float parameters, computed with them rounded as the recipe says.
 
@@ -45,6 +47,8 @@ def fake_quantized(
         static range is that of the input at hand, the extremes of the tensor.
       clip: no derivative where a weight or an input is beyond the range of its codes: inputs outside a static range,
         weights whose scale was clipped. With False it goes straight through there too.
+      scales: the derivative goes through the scales too: straight through is only the rounding, and the error of a
+        block grows with its range.
 
     Returns:
       A function of the signature of `apply`.
@@ -59,7 +63,7 @@ def fake_quantized(
         traced = trace_call(apply, params, args, kwargs)
         targets = plan_targets(sites_of(traced), params, recipe)
         leaves = [
-            holding(v, _trained(jnp.asarray(held(v)), targets[p], stats, clip)) if p in targets else v
+            holding(v, _trained(jnp.asarray(held(v)), targets[p], stats, clip, scales)) if p in targets else v
             for p, v in zip(traced.paths, traced.leaves, strict=True)
         ]
         return run_traced(traced._replace(leaves=leaves), ExecuteReader(train=True, clip=clip))
@@ -106,25 +110,45 @@ def _with_soft(q: QTensor, soft: jax.Array) -> TrainedQTensor:
     return TrainedQTensor.tree_unflatten(static, (*children, soft))
 
 
-def _trained(w: jax.Array, target: Target, stats: Mapping[str, Stats] | None, clip: bool) -> TrainedQTensor:
+def _trained(
+    w: jax.Array, target: Target, stats: Mapping[str, Stats] | None, clip: bool, scales: bool
+) -> TrainedQTensor:
     """The leaf rounded to nearest, with its derivative."""
     fixed = jax.lax.stop_gradient(w)
     problem = as_problem(fixed, target.contracted, target.batch)
     solve = rtn().solve
     assert solve is not None
-    q = finish(problem, solve(Rounding(problem.rows), None, target.format), target.format)
+    done = solve(Rounding(problem.rows), None, target.format)
+    q = finish(problem, done, target.format)
     # As in `quantized`, the codes are given: fused into their products they might be rounded in another way.
     q = jax.lax.optimization_barrier(q)
-    if clip:
+    soft = to_rows(w, target.contracted)
+    if scales:
+        rows = as_problem(w, target.contracted, target.batch).rows
+        soft = soft + bring_back(problem, scaled_error(rows, done, target.format)).astype(w.dtype)
+    elif clip:
         reached = from_rows(_inside(to_rows(fixed, target.contracted), q), q.contracted, q.contracted_shape)
-        w = jnp.where(reached, w, fixed)
+        soft = to_rows(jnp.where(reached, w, fixed), target.contracted)
     act = target.activation
     params = None
     if act is not None and act.static and stats is None:
         act = act.replace(range="dynamic")
     elif act is not None and act.static and stats is not None:
         params = static_range(target.path, act, stats, q, target.batch)
-    return _with_soft(q.replace(activation=act, activation_params=params), to_rows(w, target.contracted))
+    return _with_soft(q.replace(activation=act, activation_params=params), soft)
+
+
+def scaled_error(rows: jax.Array, done: Rounding, fmt: Format) -> jax.Array:
+    """What rounding changes in rows `[batch, m, n]`, float32, with its derivative by the range of each block.
+
+    In units of the scale the error is held fixed: the straight-through estimator. The scale goes with the range.
+    """
+    assert done.params is not None and done.codes is not None
+    error = jax.lax.stop_gradient(decode(done.codes, done.params, fmt) - rows.astype(jnp.float32))
+    low, high = block_extremes(rows, fmt, stacked=1)
+    width = jnp.maximum(-low, high) if fmt.symmetric else high - low
+    growth = width / jax.lax.stop_gradient(jnp.where(width > 0, width, 1))
+    return error * spread(spread_rows(growth, fmt.tile_rows, rows.shape[-2]), fmt, rows.shape[-1])
 
 
 def _inside(rows: jax.Array, q: QTensor) -> jax.Array:
