@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=["int4-g64-f32", "int3-g64-asym-f32"], choices=list(PEERS))
     parser.add_argument("--peer-python", help="a Python that has llmcompressor 0.14.0.1, torch 2.13.0 and gguf")
-    parser.add_argument("--batch", type=int, default=2, help="windows to a batch")
+    parser.add_argument("--batch", type=int, default=4, help="windows to a batch")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

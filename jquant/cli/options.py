@@ -59,6 +59,8 @@ in front of one of these, to change the model before it is rounded, exactly:
   awq-scales       awq's channels without its clipping and rounding
   smoothquant      moves outliers of activations into the weights (alpha 0.8);
   smoothquant-search  the same, alpha searched for each input
+and behind one of them:
+  lowrank          adds a float matrix of rank 16 that absorbs most of the error
 Settings stand behind a name as in a call: 'rotate(seed=1)+gptq(damp=0.02)'.
 
 examples:
