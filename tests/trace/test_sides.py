@@ -38,7 +38,9 @@ def with_sides(model: Model, fmt: Format):
 def test_equals_the_dequantized_model_and_runs_as_fused_as_without(model: Model, fmt: Format):
     q = with_sides(model, fmt)
     want = plain(model.name)(dequantize(q), *model.args)
-    assert_same(quantized(model.name)(q, *model.args), want, rtol=1e-5)
+    # Operands in bfloat16 are rounded one by one here, and their sum there.
+    in_16_bits = "bf16" in str(jax.make_jaxpr(lambda q: plain(model.name)(q, *model.args))(dequantize(q)))
+    assert_same(quantized(model.name)(q, *model.args), want, rtol=2**-7 if in_16_bits else 1e-5)
     reads = jq.explain(model.apply, q, *model.args, **model.kwargs)
     assert sum(r.fused for r in reads) == model.fused
     assert all(("side of rank 2" in r.how) == (r.fused and r.kind == "dot") for r in reads)
