@@ -246,7 +246,7 @@ def test_the_float64_model_stays_the_same(name):
     model = BANK[name]
     with jax.enable_x64(name != "gpt2_nnx"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "learned_rotation: no residual stream", jq.JQuantWarning)
-        params, args = (model.params, args) if name == "gpt2_nnx" else widened((model.params, args))
+        params, args = (model.params, model.args) if name == "gpt2_nnx" else widened((model.params, model.args))
         after = folded(FAST(), model.apply, params, args)
         start = folded(jq.rotate(), model.apply, params, args)
         want, got = model.apply(params, *args), jq.quantized(model.apply)(after, *args)
