@@ -246,10 +246,10 @@ def test_the_float64_model_stays_the_same(name):
     model = BANK[name]
     with jax.enable_x64(name != "gpt2_nnx"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "learned_rotation: no residual stream", jq.JQuantWarning)
-        params = model.params if name == "gpt2_nnx" else widened(model.params)
-        after = folded(FAST(), model.apply, params, model.args)
-        start = folded(jq.rotate(), model.apply, params, model.args)
-        want, got = model.apply(params, *model.args), jq.quantized(model.apply)(after, *model.args)
+        params, args = (model.params, model.args) if name == "gpt2_nnx" else widened((model.params, model.args))
+        after = folded(FAST(), model.apply, params, args)
+        start = folded(jq.rotate(), model.apply, params, args)
+        want, got = model.apply(params, *args), jq.quantized(model.apply)(after, *args)
         assert error(want, got) < (1e-5 if name == "gpt2_nnx" else 1e-9)
     assert not _same(after, start)
     assert list(map(is_per_use, jax.tree.leaves(after, is_leaf=is_per_use))) == list(
