@@ -1,0 +1,100 @@
+"""Codes to floats by moving bits: what a kernel does to each element, as functions of arrays.
+
+A 16-bit float with a fixed exponent counts in its mantissa: the bits of 128 or'ed with u (0 <= u < 128) are the bfloat16
+128 + u, those of 1024 with u (u < 1024) the float16 1024 + u. So an upcast is an `or` and a subtraction, exact, and the
+zero point (or the shift of two's complement) comes with the subtraction. A small float is a float16 whose bits are put in
+their places, up to a power of two, subnormal numbers included.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.quantized_matmul.elements import Element, plane_widths
+
+_MAGIC = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}  # bits, value
+
+
+def lanes(bits: int) -> int:
+    """Codes that lie in one word of every plane: as many as a byte of the narrowest plane holds."""
+    return 8 // plane_widths(bits)[-1]
+
+
+def lane_codes(words: tuple[jax.Array, ...], bits: int, lane: int) -> jax.Array:
+    """The codes number `lane` of each word, uint16: `words` has one array for each plane, uint8, uint16 or uint32.
+
+    The word of a plane of width w holds `lanes(bits)` parts of w bits.
+    """
+    out, left = None, bits
+    for width, word in zip(plane_widths(bits), words, strict=True):
+        left -= width
+        shift = lane * width
+        part = word
+        if width * lanes(bits) > width:
+            part = word >> np.asarray(shift, word.dtype)
+            if shift + width < word.dtype.itemsize * 8:
+                part = part & np.asarray(2**width - 1, word.dtype)
+        part = part.astype(jnp.uint16) << np.uint16(left) if left else part.astype(jnp.uint16)
+        out = part if out is None else out | part
+    assert out is not None
+    return out
+
+
+def integers(codes: jax.Array, bits: int, zero: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """Codes of integers as floats, less the zero point; exact where the zero point is one of the codes.
+
+    Args:
+      codes: uint16.
+      bits: of a code.
+      zero: the zero point, broadcasting against `codes`, float of `dtype` for integers, float32 for numbers between
+        them; None for codes in two's complement.
+      dtype: bfloat16 or float16.
+    """
+    magic, value = _MAGIC[jnp.dtype(dtype).name]
+    half = 2 ** (bits - 1)
+    if zero is not None and zero.dtype == jnp.float32:
+        return (codes.astype(jnp.float32) - zero).astype(dtype)
+    if 2**bits > value:  # a byte does not fit beside the bits of 128
+        return _bytes_to_bfloat16(codes, zero)
+    if zero is None:
+        codes, offset = codes ^ np.uint16(half), jnp.asarray(value + half, dtype)
+    else:
+        offset = zero + jnp.asarray(value, dtype)
+    return lax.bitcast_convert_type(codes | np.uint16(magic), dtype) - offset
+
+
+def _bytes_to_bfloat16(codes: jax.Array, zero: jax.Array | None) -> jax.Array:
+    if zero is None:
+        return codes.astype(jnp.int8).astype(jnp.bfloat16)
+    return codes.astype(jnp.float32).astype(jnp.bfloat16) - zero
+
+
+def small_floats(codes: jax.Array, e: Element, dtype: jnp.dtype) -> jax.Array:
+    """Codes of floats of 4, 6 or 8 bits, times `small_float_unit(e)`. The NaN of e4m3 reads as 480.
+
+    Args:
+      codes: uint16.
+      e: the element.
+      dtype: bfloat16 or float16.
+    """
+    size = (codes & np.uint16(2 ** (e.bits - 1) - 1)) << np.uint16(10 - e.mantissa)
+    sign = (codes >> np.uint16(e.bits - 1)) << np.uint16(15)
+    half = lax.bitcast_convert_type(size | sign, jnp.float16)
+    return half if dtype == jnp.float16 else half.astype(jnp.float32).astype(dtype)
+
+
+def small_float_unit(e: Element) -> float:
+    """The power of two that `small_floats` leaves in its result."""
+    return 2.0 ** (e.bias - 15)
+
+
+def table(codes: jax.Array, values: tuple[float, ...], dtype: jnp.dtype) -> jax.Array:
+    """The entries of a table of 2**b values, by b levels of selects: no memory is read."""
+    level = [jnp.asarray(v, dtype) for v in values]
+    bit = 1
+    while len(level) > 1:
+        odd = (codes & np.uint16(bit)) != np.uint16(0)
+        level = [jnp.where(odd, b, a) for a, b in zip(level[::2], level[1::2])]
+        bit *= 2
+    return level[0]
