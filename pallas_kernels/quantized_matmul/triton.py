@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import compat
+from pallas_kernels.blocks import indices, load, mask, program
 from pallas_kernels.gpus import gpu
 from pallas_kernels.quantized_matmul import upcast
 from pallas_kernels.quantized_matmul.elements import Element, element, plane_widths
@@ -240,7 +241,7 @@ def _kernel(x_ref: Any, *refs: Any, weight: Weight, t: Tiling, scale_dtype: str,
     m = x_ref.shape[0] // lanes
     n = word_refs[0].shape[0]
     dtype = x_ref.dtype
-    row, col = _program(m, n, t)
+    row, col = program(m, n, t.block_m, t.block_n)
     rows_m, rows_n = pl.ds(row * t.block_m, t.block_m), pl.ds(col * t.block_n, t.block_n)
     width = t.block_k // lanes
     steps = pl.cdiv(words, width)
@@ -252,12 +253,12 @@ def _kernel(x_ref: Any, *refs: Any, weight: Weight, t: Tiling, scale_dtype: str,
     def step(i: Any, acc: jax.Array) -> jax.Array:
         at = first + i
         columns = pl.ds(at * width, width)
-        code_mask, x_mask = _mask((rows_n, n), (columns, words)), _mask((rows_m, m), (columns, words))
-        loaded = tuple(_load(r, (rows_n, columns), code_mask) for r in word_refs)
+        code_mask, x_mask = mask((rows_n, n), (columns, words)), mask((rows_m, m), (columns, words))
+        loaded = tuple(load(r, (rows_n, columns), code_mask) for r in word_refs)
         scale, zero = scaler.read(at, dtype)
         total = None
         for lane in range(lanes):
-            x = _load(x_ref, (pl.ds(rows_m.start + lane * m, t.block_m), columns), x_mask)
+            x = load(x_ref, (pl.ds(rows_m.start + lane * m, t.block_m), columns), x_mask)
             w = _values(upcast.lane_codes(loaded, weight.element.bits, lane), zero, weight, dtype, rest)
             if scaler.inside:
                 w = _times(w, scale, dtype)
@@ -269,40 +270,7 @@ def _kernel(x_ref: Any, *refs: Any, weight: Weight, t: Tiling, scale_dtype: str,
     acc = lax.fori_loop(0, count, step, jnp.zeros((t.block_n, t.block_m), jnp.float32))
     acc = acc * scaler.last()
     where = (pl.program_id(1), rows_m, rows_n)
-    plt.store(out_ref.at[where], acc.T.astype(out_ref.dtype), mask=_mask((rows_m, m), (rows_n, n)))
-
-
-def _program(m: int, n: int, t: Tiling) -> tuple[Any, Any]:
-    """The block of a program: eight blocks of activations by all of the weight, one after the other, to share the L2."""
-    across, down, index = pl.cdiv(n, t.block_n), pl.cdiv(m, t.block_m), pl.program_id(0)
-    together = min(8, down)
-    group, inside = index // (together * across), index % (together * across)
-    height = jnp.minimum(down - group * together, together)
-    return group * together + inside % height, inside // height
-
-
-def _indices(where: Any) -> jax.Array:
-    return where.start + jnp.arange(where.size)
-
-
-def _mask(rows: tuple[Any, int], columns: tuple[Any, int]) -> jax.Array | None:
-    """True within the array; None where no block reaches over its end."""
-    (r, last_r), (c, last_c) = rows, columns
-    r_ends, c_ends = last_r % r.size != 0, last_c % c.size != 0
-    if not (r_ends or c_ends):
-        return None
-    whole = (r.size, c.size)
-    masks = []
-    if r_ends:
-        masks.append(jnp.broadcast_to((_indices(r) < last_r)[:, None], whole))
-    if c_ends:
-        masks.append(jnp.broadcast_to((_indices(c) < last_c)[None, :], whole))
-    return masks[0] & masks[1] if len(masks) == 2 else masks[0]
-
-
-def _load(ref: Any, where: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
-    other = None if mask is None else np.zeros((), ref.dtype)
-    return plt.load(ref.at[where], mask=mask, other=other)
+    plt.store(out_ref.at[where], acc.T.astype(out_ref.dtype), mask=mask((rows_m, m), (rows_n, n)))
 
 
 def _values(codes: jax.Array, zero: Any, w: Weight, dtype: Any, rest: bool) -> jax.Array:
@@ -366,14 +334,14 @@ class _Scaler(NamedTuple):
         return _decode_scale(self._column(self.scale_ref, 0), self.scale_dtype) * unit
 
     def _column(self, ref: Any, block: Any) -> jax.Array:
-        mask = None if self.n % self.rows.size == 0 else (_indices(self.rows) < self.n)
-        return _load(ref, (self.rows, block) if self.weight.group else (self.rows,), mask)[:, None]
+        ends = None if self.n % self.rows.size == 0 else (indices(self.rows) < self.n)
+        return load(ref, (self.rows, block) if self.weight.group else (self.rows,), ends)[:, None]
 
     def _spread(self, ref: Any, at: Any) -> jax.Array:
         """`[block_n, block_k / lanes]`: that of each element of a lane."""
         count, lanes = self.t.block_k // self.weight.group, self.weight.lanes
         where = pl.ds(at * count, count)
-        per_block = _load(ref, (self.rows, where), _mask((self.rows, self.n), (where, ref.shape[1])))
+        per_block = load(ref, (self.rows, where), mask((self.rows, self.n), (where, ref.shape[1])))
         whole = (self.rows.size, count, self.weight.group // lanes)
         return jnp.broadcast_to(per_block[:, :, None], whole).reshape(self.rows.size, -1)
 
