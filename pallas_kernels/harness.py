@@ -141,7 +141,7 @@ def compile_for(device: str | Gpu, fn: Callable[..., Any], *shapes: Any) -> Comp
         with compat.lowering_for(g.kind):
             lowered = (fn if hasattr(fn, "lower") else jax.jit(fn)).lower(*args)
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, **_UNCACHED})
-        texts = [f.read_text() for f in sorted(Path(folder).glob("*.ptx"))]
+        texts = [text for f in sorted(Path(folder).glob("*.ptx")) if ".entry" in (text := f.read_text())]
         launches = _shared_of_launches(Path(folder))
     found = [k for text in texts for k in _kernels(text, g, launches)]
     return Compiled(tuple(found), compiled.as_text(), _temp_bytes(compiled))

@@ -107,8 +107,8 @@ def _load_size(line: str) -> tuple[str, int] | None:
     if op.startswith("cp.async.bulk"):
         return "cp.async.bulk", 0
     if op.startswith("cp.async.c"):
-        sizes = re.findall(r"\]\s*,\s*(?:0x)?([0-9a-f]+)", line)
-        return "cp.async", int(sizes[-1], 16 if "0x" in line.split("]")[-1] else 10)
+        sizes = re.findall(r"\]\s*,\s*(0x[0-9a-f]+|\d+)", line)
+        return "cp.async", int(sizes[-1], 0) if sizes else 0
     if op.startswith("ld.global"):
         width = re.search(r"\.[bsuf](\d+)", op)
         vector = re.search(r"\.v(\d)", op)
