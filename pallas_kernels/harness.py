@@ -5,6 +5,7 @@ It needs JAX's CUDA plugin, but neither a GPU nor a driver. The plugin must be t
 """
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -39,8 +40,9 @@ class Kernel(NamedTuple):
       name: of the kernel.
       registers: of a thread, as ptxas assigned them.
       spill_bytes: bytes a thread writes to and reads from memory for want of registers.
-      shared_bytes: of a block: what is declared in the PTX and what the launch asks for.
+      shared_bytes: of a block, as the launch asks for it.
       threads: of a block.
+      grid: blocks, by axis.
       ptx: instruction counts and loads.
     """
 
@@ -49,7 +51,18 @@ class Kernel(NamedTuple):
     spill_bytes: int
     shared_bytes: int
     threads: int
+    grid: tuple[int, ...]
     ptx: ptx.Ptx
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the grid has."""
+        return math.prod(self.grid)
+
+    def bytes_of_step(self, *parameters: int) -> int:
+        """Bytes of global memory that a block asks for in one turn of its loop, of these arguments (or of all)."""
+        loads = [load for load in self.ptx.loads if load.in_loop]
+        return self.threads * sum(load.bytes for load in loads if not parameters or load.parameter in parameters)
 
     def occupancy(self, device: str | Gpu) -> float:
         """Resident warps of a core over the 64 that it has room for."""
@@ -140,14 +153,11 @@ def compile_for(device: str | Gpu, fn: Callable[..., Any], *shapes: Any) -> Comp
     with tempfile.TemporaryDirectory(prefix="compile_for_") as folder:
         with compat.lowering_for(g.kind):
             lowered = (fn if hasattr(fn, "lower") else jax.jit(fn)).lower(*args)
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, **_UNCACHED})
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         texts = [text for f in sorted(Path(folder).glob("*.ptx")) if ".entry" in (text := f.read_text())]
-        launches = _shared_of_launches(Path(folder))
+        launches = _launches(Path(folder))
     found = [k for text in texts for k in _kernels(text, g, launches)]
     return Compiled(tuple(found), compiled.as_text(), _temp_bytes(compiled))
-
-
-_UNCACHED: dict[str, Any] = {}
 
 
 def _temp_bytes(compiled: Any) -> int | None:
@@ -157,14 +167,15 @@ def _temp_bytes(compiled: Any) -> int | None:
         return None
 
 
-def _kernels(text: str, g: Gpu, launches: dict[str, int]) -> list[Kernel]:
+def _kernels(text: str, g: Gpu, launches: dict[str, "Launch"]) -> list[Kernel]:
     resources = assemble(text, g)
-    return [_one(k, resources[k.name], launches) for k in ptx.kernels(text)]
+    return [_one(k, resources[k.name], launches.get(k.name)) for k in ptx.kernels(text)]
 
 
-def _one(k: ptx.Ptx, r: dict[str, int], launches: dict[str, int]) -> Kernel:
-    threads = k.threads or 1024
-    return Kernel(k.name, r["registers"], r["spills"], r["shared"] + launches.get(k.name, 0), threads, k)
+def _one(k: ptx.Ptx, r: dict[str, int], launch: "Launch | None") -> Kernel:
+    threads = launch.threads if launch else k.threads or 1024
+    shared = max(r["shared"], launch.shared_bytes if launch else 0)
+    return Kernel(k.name, r["registers"], r["spills"], shared, threads, launch.grid if launch else (), k)
 
 
 def assemble(text: str, g: Gpu) -> dict[str, dict[str, int]]:
@@ -200,9 +211,23 @@ def parse_ptxas(log: str) -> dict[str, dict[str, int]]:
     return out
 
 
-def _shared_of_launches(folder: Path) -> dict[str, int]:
-    """Bytes of shared memory that launches ask for, by kernel, from what XLA dumps."""
-    return {}
+class Launch(NamedTuple):
+    """How a kernel is launched: blocks by axis, threads of one, bytes of shared memory of one."""
+
+    grid: tuple[int, ...]
+    threads: int
+    shared_bytes: int
+
+
+def parse_launches(text: str) -> dict[str, Launch]:
+    """The launches that XLA lists in the `thunk_sequence` it dumps, by kernel."""
+    pattern = r"(\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+) bytes"
+    sizes = lambda text: tuple(int(n) for n in text.split(","))
+    return {m[1]: Launch(sizes(m[2]), math.prod(sizes(m[3])), int(m[4])) for m in re.finditer(pattern, text)}
+
+
+def _launches(folder: Path) -> dict[str, Launch]:
+    return {k: v for f in folder.glob("*thunk_sequence.txt") for k, v in parse_launches(f.read_text()).items()}
 
 
 def shape(*sizes: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:

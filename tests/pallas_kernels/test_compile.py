@@ -1,0 +1,86 @@
+"""Every kernel, compiled for GPUs that are not there: it compiles, without spills, on tensor cores, each byte read once."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import harness
+from pallas_kernels.gpus import gpu
+from pallas_kernels.low_precision_matmul import low_precision_matmul
+from pallas_kernels.quantized_matmul import Tiling, quantized_matmul
+from pallas_kernels.quantized_matmul.elements import element, plane_widths
+
+pytestmark = [
+    pytest.mark.gpu_compile,
+    pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not())),
+]
+DECODE = Tiling(16, 64, 128, 4, 4, 5)
+PREFILL = Tiling(128, 128, 128, 1, 8, 3)
+
+
+def compiled(device, name, group, m, n, k, tiling, *, dtype=jnp.bfloat16, scale_dtype=jnp.bfloat16, asymmetric=False):
+    blocks = 1 if group is None else -(-k // group)
+    shape = jax.ShapeDtypeStruct
+    planes = tuple(shape((n, -(-k * w // 8)), jnp.uint8) for w in plane_widths(element(name).bits))
+    zero = (shape((n, blocks), jnp.uint8),) if asymmetric else ()
+
+    def product(x, planes, scale, *zero):
+        return quantized_matmul(
+            x, planes, scale, *zero, element=name, group_size=group, device=device, tiling=tiling
+        )
+
+    program = harness.compile_for(device, product, shape((m, k), dtype), planes, shape((n, blocks), scale_dtype), *zero)
+    [kernel] = program.named("quantized_matmul")
+    return program, kernel
+
+
+def check(program, kernel, device, n, k):
+    assert kernel.spill_bytes == 0
+    assert kernel.shared_bytes <= gpu(device).shared_per_block
+    tensor = "wgmma.mma_async" if gpu(device).arch == 90 else "mma.sync"
+    assert kernel.ptx.counts.get(tensor, 0) > 0
+    # Nothing as large as a float weight is ever made.
+    assert f"[{n},{k}]" not in program.hlo.replace("u8", "") or not any(
+        f"{t}[{n},{k}]" in program.hlo for t in ("bf16", "f16", "f32")
+    )
+
+
+@pytest.mark.parametrize("device", ["h100", "a100"])
+@pytest.mark.parametrize(
+    "name, group, scale_dtype, asymmetric",
+    [("int4", 128, jnp.bfloat16, False), ("int4", 32, jnp.bfloat16, True), ("int8", None, jnp.float32, False)],
+)
+def test_decoding_reads_every_byte_of_the_weight_once(device, name, group, scale_dtype, asymmetric):
+    n, k, t = 512, 4096, DECODE
+    program, kernel = compiled(device, name, group, 16, n, k, t, scale_dtype=scale_dtype, asymmetric=asymmetric)
+    check(program, kernel, device, n, k)
+    assert kernel.grid[:2] == (n // t.block_n, t.split_k)
+    steps = math.ceil(k / t.block_k / t.split_k)
+    read = kernel.bytes_of_step(1) * steps * kernel.blocks
+    assert read == n * k * element(name).bits // 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["h100", "a100"])
+@pytest.mark.parametrize(
+    "name, group, scale_dtype",
+    [("int4", 128, jnp.bfloat16), ("int8", None, jnp.float32), ("fp8_e4m3", None, jnp.float32), ("nf4", 64, jnp.bfloat16)],
+)
+def test_prefill_compiles_without_spills(device, name, group, scale_dtype):
+    program, kernel = compiled(device, name, group, 1024, 1024, 1024, None, scale_dtype=scale_dtype)
+    check(program, kernel, device, 1024, 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["h100", "a100"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("m", [16, 1024])
+def test_products_of_codes_compile(device, dtype, m):
+    shape = jax.ShapeDtypeStruct
+    f = lambda a, b, s, t: low_precision_matmul(a, b, s, t, device=device)
+    args = shape((m, 1024), dtype), shape((1024, 1024), dtype), shape((m, 1), jnp.float32), shape((1024, 1), jnp.float32)
+    [kernel] = harness.compile_for(device, f, *args).named("low_precision")
+    assert kernel.spill_bytes == 0 and kernel.shared_bytes <= gpu(device).shared_per_block
+    assert kernel.ptx.counts.get("wgmma.mma_async" if device == "h100" else "mma.sync", 0) > 0
