@@ -24,6 +24,7 @@ class Options(NamedTuple):
     implementation: str
     device: str
     tiling: Tiling | None
+    packed: bool
     interpret: bool
 
 
@@ -47,6 +48,7 @@ def quantized_matmul(
     implementation: str = "triton",
     device: str = "h100",
     tiling: Tiling | None = None,
+    packed: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """`out[..., n] = sum_k x[..., k] (value(code[n, k]) - zero_point[n, k // group]) scale[n, k // group]`.
@@ -65,6 +67,8 @@ def quantized_matmul(
       implementation: "triton", or "xla".
       device: the GPU whose tilings are used, "h100", "a100" or "b200"; the result does not depend on it.
       tiling: to choose it oneself.
+      packed: upcast 2- and 4-bit integers two at a time by inline PTX, which no simulator runs: unproven until a GPU has
+        run it.
       interpret: run the kernel in Pallas' interpreter: on any machine, slowly.
 
     Returns:
@@ -78,7 +82,7 @@ def quantized_matmul(
         raise ValueError(f"quantized_matmul: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
     _check(x, planes, scale, element, group_size)
     dtype = jnp.dtype(out_dtype or x.dtype)
-    options = Options(element, group_size, dtype, implementation, device, tiling, interpret)
+    options = Options(element, group_size, dtype, implementation, device, tiling, packed, interpret)
     return _product(options, x, Arrays(planes, scale, zero_point))
 
 
@@ -142,6 +146,6 @@ def _flat(options: Options, batch: int, x: jax.Array, w: Arrays) -> jax.Array:
     if options.implementation == "xla":
         out = xla.quantized_matmul(flat, planes, scale, zero_point, **common)
     else:
-        special = dict(device=options.device, tiling=options.tiling, interpret=options.interpret)
+        special = dict(device=options.device, tiling=options.tiling, packed=options.packed, interpret=options.interpret)
         out = triton.quantized_matmul(flat, planes, scale, zero_point, **common, **special)
     return out.reshape(*lead, *rows, out.shape[-1])

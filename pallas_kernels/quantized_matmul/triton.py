@@ -35,12 +35,19 @@ from pallas_kernels.quantized_matmul.tilings import MIN_LANE_K, Problem, Tiling,
 
 
 class Weight(NamedTuple):
-    """What is known of the weight before the program runs."""
+    """What is known of the weight before the program runs.
+
+    Attributes:
+      name: of the element.
+      group: elements that share a scale; 0 where a row does.
+      k: elements of a row.
+      word_bytes: bytes of a word of the narrowest plane.
+    """
 
     name: str
-    group: int  # elements that share a scale; 0 where a row does
-    signed: bool
+    group: int
     k: int
+    word_bytes: int = 1
 
     @property
     def element(self) -> Element:
@@ -48,25 +55,36 @@ class Weight(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        return upcast.lanes(self.element.bits)
+        return upcast.lanes(self.element.bits, self.word_bytes)
+
+
+def word_bytes(name: str, group: int, k: int, block_k: int | None, dtype: Any) -> int:
+    """Words of 2 bytes are loaded 16 bytes at a time and upcast two by two; 1 where groups or blocks are too small."""
+    bits, least = element(name).bits, MIN_LANE_K * upcast.lanes(element(name).bits, 2)
+    if bits not in (2, 4) or k * bits % 16 or (block_k is not None and block_k < least):
+        return 1
+    part = group & -group
+    # In float32 a step must lie within a group.
+    return 2 if group == 0 or part >= least or (part == group and dtype != jnp.float32) else 1
 
 
 def why_not(name: str, group_size: int | None, k: int, n: int, dtype: Any) -> str | None:
     """Why this kernel can't do a product; None where it can."""
     e = element(name)
-    lanes = upcast.lanes(e.bits)
+    group = 0 if group_size is None or group_size >= k else group_size
+    lanes = upcast.lanes(e.bits, word_bytes(name, group, k, None, dtype))
     if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
         return f"activations are {jnp.dtype(dtype).name}, not bfloat16, float16 or float32"
     if 0 in (k, n):
         return "an empty weight"
     if len(plane_widths(e.bits)) > 1 and k % 32:
         return f"codes of {e.bits} bits lie in planes, whose words need a row of a multiple of 32 elements, not {k}"
-    if group_size is not None and group_size < k:
-        part = group_size & -group_size  # the largest power of two in it
-        if part < MIN_LANE_K * lanes and group_size != part:
-            return f"groups of {group_size} are cut at no power of two of {MIN_LANE_K * lanes} elements"
-        if group_size % lanes:
-            return f"groups of {group_size} end within a word of {lanes} codes"
+    if group:
+        part = group & -group  # the largest power of two in it
+        if part < MIN_LANE_K * lanes and group != part:
+            return f"groups of {group} are cut at no power of two of {MIN_LANE_K * lanes} elements"
+        if group % lanes:
+            return f"groups of {group} end within a word of {lanes} codes"
         if e.kind == "table" and dtype == jnp.float32 and part < MIN_LANE_K * lanes:
             return "a table of float32 values in small groups"
     return None
@@ -83,6 +101,7 @@ def quantized_matmul(
     out_dtype: Any = None,
     device: str = "h100",
     tiling: Tiling | None = None,
+    packed: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """`x` times the transposed weight, as `reference.quantized_matmul` says.
@@ -96,7 +115,9 @@ def quantized_matmul(
       out_dtype: of the result; that of x by default.
       device: the GPU that tilings are chosen for; the program runs on any.
       tiling: to choose it oneself.
-      interpret: run on the CPU, slowly, to see that the numbers are right.
+      packed: upcast 2- and 4-bit integers two at a time, by `upcast.packed_asm`, where that can be. No interpreter runs
+        it: what is tested is the text of its PTX, instruction by instruction.
+      interpret: run on the CPU, slowly, to see that the numbers are right; without `packed`.
 
     Returns:
       `[M, N]` or `[B, M, N]`.
@@ -109,14 +130,16 @@ def quantized_matmul(
     if reason is not None:
         raise ValueError(f"quantized_matmul: no Triton kernel for {element} x {x.dtype}: {reason}")
     group = 0 if group_size is None or group_size >= k else group_size
-    weight = Weight(element, group, zero_point is None, k)
+    words = word_bytes(element, group, k, tiling.block_k if tiling else None, x.dtype)
+    weight = Weight(element, group, k, words)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     scale = jnp.broadcast_to(scale, (*planes[0].shape[:-1], scale.shape[-1]))
     if zero_point is not None:
         zero_point = jnp.broadcast_to(zero_point, scale.shape)
     run = partial(
-        _run, planes=planes, scale=scale, zero_point=zero_point, device=device, tiling=tiling, interpret=interpret
-    )
+        _run, planes=planes, scale=scale, zero_point=zero_point, device=device, tiling=tiling,
+        packed=packed and not interpret, interpret=interpret,
+    )  # fmt: skip
     if 0 in x.shape[:-1]:
         return jnp.zeros((*x.shape[:-1], n), out_dtype)
     if x.dtype != jnp.float32:
@@ -156,6 +179,7 @@ def _run(
     out_dtype: Any,
     device: str,
     tiling: Tiling | None,
+    packed: bool,
     interpret: bool,
     rest: bool = False,
 ) -> jax.Array:
@@ -169,7 +193,8 @@ def _run(
     scales = [_stored(scale)] + ([] if zero_point is None else [_zero(zero_point)])
     if not weight.group:
         scales = [jnp.squeeze(s, -1) for s in scales]
-    call = partial(_call, weight=weight, t=t, scale_dtype=scale.dtype.name, rest=rest, interpret=interpret)
+    how = dict(weight=weight, t=t, scale_dtype=scale.dtype.name, rest=rest, packed=packed)
+    call = partial(_call, how=how, interpret=interpret)
     dtype = jnp.dtype("float32") if t.split_k > 1 else out_dtype
     one = lambda x, words, scales: call(x, words, scales, out_dtype=dtype)
     with compat.lowering_for(gpu(device).kind), compat.quiet():
@@ -211,16 +236,14 @@ def _call(
     words: list[jax.Array],
     scales: list[jax.Array],
     *,
-    weight: Weight,
-    t: Tiling,
-    scale_dtype: str,
-    rest: bool,
+    how: dict[str, Any],
     out_dtype: Any,
     interpret: bool,
 ) -> jax.Array:
     """`[lanes M, words]` -> `[split_k, M, N]`."""
+    weight, t = how["weight"], how["t"]
     m, n = x.shape[0] // weight.lanes, words[0].shape[0]
-    kernel = partial(_kernel, weight=weight, t=t, scale_dtype=scale_dtype, rest=rest, planes=len(words))
+    kernel = partial(_kernel, planes=len(words), **how)
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((t.split_k, m, n), out_dtype),
@@ -234,7 +257,9 @@ def _call(
 # --- the kernel ---
 
 
-def _kernel(x_ref: Any, *refs: Any, weight: Weight, t: Tiling, scale_dtype: str, rest: bool, planes: int) -> None:
+def _kernel(
+    x_ref: Any, *refs: Any, planes: int, weight: Weight, t: Tiling, scale_dtype: str, rest: bool, packed: bool
+) -> None:
     *ins, out_ref = refs
     word_refs, scale_ref, zero_ref = ins[:planes], ins[planes], (ins[planes + 1] if len(ins) > planes + 1 else None)
     lanes, words = weight.lanes, x_ref.shape[1]
@@ -259,7 +284,7 @@ def _kernel(x_ref: Any, *refs: Any, weight: Weight, t: Tiling, scale_dtype: str,
         total = None
         for lane in range(lanes):
             x = load(x_ref, (pl.ds(rows_m.start + lane * m, t.block_m), columns), x_mask)
-            w = _values(upcast.lane_codes(loaded, weight.element.bits, lane), zero, weight, dtype, rest)
+            w = _values(loaded, lane, zero, weight, dtype, rest, packed)
             if scaler.inside:
                 w = _times(w, scale, dtype)
             product = compat.dot(w, x.T)
@@ -273,8 +298,14 @@ def _kernel(x_ref: Any, *refs: Any, weight: Weight, t: Tiling, scale_dtype: str,
     plt.store(out_ref.at[where], acc.T.astype(out_ref.dtype), mask=mask((rows_m, m), (rows_n, n)))
 
 
-def _values(codes: jax.Array, zero: Any, w: Weight, dtype: Any, rest: bool) -> jax.Array:
+def _values(
+    words: tuple[jax.Array, ...], lane: int, zero: Any, w: Weight, dtype: Any, rest: bool, packed: bool
+) -> jax.Array:
+    """The elements of a lane, without their scale; of floats up to `upcast.small_float_unit`."""
     e = w.element
+    if packed and e.kind == "int" and words[0].dtype == jnp.uint16 and (zero is None or zero.dtype == dtype):
+        return upcast.packed_integers(words[0], e.bits, lane, zero, dtype)
+    codes = upcast.lane_codes(words, e.bits, lane)
     if e.kind == "int":
         return upcast.integers(codes, e.bits, zero, dtype)
     if e.kind == "float":

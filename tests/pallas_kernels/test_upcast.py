@@ -53,14 +53,14 @@ def test_a_table_is_looked_up_in_every_dtype():
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(near, np.float32))
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_lanes_of_words_are_the_codes(bits):
+@pytest.mark.parametrize("bits, word_bytes", [*((b, 1) for b in range(2, 9)), (4, 2), (2, 2)])
+def test_lanes_of_words_are_the_codes(bits, word_bytes):
     """Every code is found in its word and lane: lane l of word j is code j * lanes + l."""
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 64)).astype(np.uint8)
     name = f"int{bits}"
-    words = triton._words(reference.pack(jnp.asarray(codes), bits), triton.Weight(name, 0, True, 64))
+    words = triton._words(reference.pack(jnp.asarray(codes), bits), triton.Weight(name, 0, 64, word_bytes))
     assert len({w.shape for w in words}) == 1
-    lanes = [upcast.lane_codes(tuple(words), bits, lane) for lane in range(upcast.lanes(bits))]
+    lanes = [upcast.lane_codes(tuple(words), bits, lane) for lane in range(upcast.lanes(bits, word_bytes))]
     np.testing.assert_array_equal(np.stack(lanes, -1).reshape(3, 64), codes)
 
 
@@ -80,3 +80,47 @@ def test_the_layout_is_that_of_the_quantized_weights(bits):
     codes = jnp.asarray(np.random.default_rng(2).integers(0, 2**bits, (2, 37)), jnp.uint8)
     for ours, theirs in zip(reference.pack(codes, bits), packing.pack(codes, bits), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+# --- the inline PTX, instruction by instruction ---
+
+
+def run_ptx(text: str, operands: dict[str, np.ndarray]) -> np.ndarray:
+    """Runs the few instructions that `packed_asm` has, on arrays of 32-bit registers. Returns $0."""
+    registers = {name: np.asarray(value, np.uint32) for name, value in operands.items()}
+    read = lambda name: np.uint32(int(name, 0)) if name[0].isdigit() else registers[name]
+
+    def fma(kind, a, b, c):
+        halves = lambda r: np.ascontiguousarray(r).view(kind).astype(np.float64)  # exact, then rounded once
+        a, b, c = np.broadcast_arrays(a, b, c)
+        return (halves(a) * halves(b) + halves(c)).astype(np.float32).astype(kind).view(np.uint32)
+
+    steps = {
+        "shr.b32": lambda a, b: a >> b, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
+        "xor.b32": lambda a, b: a ^ b, "mov.b32": lambda a: a,
+        "fma.rn.bf16x2": lambda *a: fma(ml_dtypes.bfloat16, *a), "fma.rn.f16x2": lambda *a: fma(np.float16, *a),
+    }  # fmt: skip
+    for line in filter(None, (part.strip() for part in text.strip("{} ").split(";"))):
+        if not line.startswith(".reg"):
+            op, rest = line.split(" ", 1)
+            to, *sources = (name.strip() for name in rest.split(","))
+            registers[to] = steps[op](*map(read, sources))
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_packed_upcast_is_the_plain_one_for_every_word(bits, dtype):
+    words = np.arange(2**16, dtype=np.uint16)
+    pairs = np.stack([words, words[::-1]], -1).view(np.uint32)[:, 0]
+    both = jnp.asarray(pairs.view(np.uint16))
+    for lane in range(16 // bits):
+        codes = upcast.lane_codes((both,), bits, lane)
+        got = run_ptx(upcast.packed_asm(bits, lane, True, dtype), {"$1": pairs}).view(np.dtype(dtype))
+        np.testing.assert_array_equal(got, upcast.integers(codes, bits, None, dtype))
+        for zero in (0, 1, 2**bits - 1):
+            z = jnp.asarray(zero, jnp.float32).astype(dtype)
+            offset = np.asarray(jnp.asarray(-{2: 128, 4: 1024}[2 if dtype == jnp.bfloat16 else 4], dtype) - z)
+            twice = np.full(pairs.shape, int(offset.view(np.uint16)) * 0x10001, np.uint32)
+            got = run_ptx(upcast.packed_asm(bits, lane, False, dtype), {"$1": pairs, "$2": twice}).view(np.dtype(dtype))
+            np.testing.assert_array_equal(got, upcast.integers(codes, bits, z, dtype))
