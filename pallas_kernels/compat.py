@@ -47,3 +47,9 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
         yield
+
+
+def dump_options(folder: str) -> dict[str, Any]:
+    """Compiler options that make XLA write what it compiles, PTX included, into a folder."""
+    every = {} if jax.__version_info__ < (0, 11) else {"xla_dump_emitter_re": ".*"}
+    return {"xla_dump_to": folder, **every}

@@ -153,7 +153,7 @@ def compile_for(device: str | Gpu, fn: Callable[..., Any], *shapes: Any) -> Comp
     with tempfile.TemporaryDirectory(prefix="compile_for_") as folder:
         with compat.lowering_for(g.kind):
             lowered = (fn if hasattr(fn, "lower") else jax.jit(fn)).lower(*args)
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        compiled = lowered.compile(compiler_options=compat.dump_options(folder))
         texts = [text for f in sorted(Path(folder).glob("*.ptx")) if ".entry" in (text := f.read_text())]
         launches = _launches(Path(folder))
     found = [k for text in texts for k in _kernels(text, g, launches)]

@@ -64,15 +64,9 @@ def make(
     return Case(x, planes, random_scale(rng, (*lead, n, blocks), scale_dtype), zero, options)
 
 
-def exact(case: Case, weight_dtype: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The product in float64, and the sum of the absolute terms, which errors are measured by.
-
-    Args:
-      weight_dtype: the dtype that the weight is rounded to before it is multiplied, if it is.
-    """
-    k = case.x.shape[-1]
-    w = reference.dequantize(case.planes, case.scale, case.zero_point, case.options["element"], case.options["group_size"], k)
-    if weight_dtype is not None:
-        w = w.astype(weight_dtype)
-    x64, w64 = np.asarray(case.x.astype(jnp.float32), np.float64), np.asarray(w.astype(jnp.float32), np.float64)
+def exact(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The product in float64, and the sum of the absolute terms, which errors are measured by."""
+    name, group = case.options["element"], case.options["group_size"]
+    w = reference.dequantize(case.planes, case.scale, case.zero_point, name, group, case.x.shape[-1])
+    x64, w64 = (np.asarray(a.astype(jnp.float32), np.float64) for a in (case.x, w))
     return x64 @ np.swapaxes(w64, -1, -2), np.abs(x64) @ np.swapaxes(np.abs(w64), -1, -2)

@@ -1,8 +1,8 @@
 """The numbers of the Triton kernels, in Pallas' interpreter, against float64.
 
 Where scales multiply sums, codes are exact and the error is that of float32 sums. Where they multiply elements (a step of
-the loop spans several groups), and for tables, the weight is rounded to the dtype of the activations first, and so is
-the reference. Errors are in units of the sum of absolute terms.
+the loop spans several groups), and for tables, elements are rounded to the dtype of the activations. Errors are in units
+of the sum of absolute terms.
 """
 
 import hypothesis
@@ -26,9 +26,9 @@ def run(case: Case, tiling: Tiling | None = SMALL, **options) -> np.ndarray:
     return np.asarray(out, np.float64)
 
 
-def check(case: Case, tolerance: float = SUMS, weight_dtype: str | None = None, **options) -> None:
+def check(case: Case, tolerance: float = SUMS, **options) -> None:
     got = run(case, **options)
-    want, size = exact(case, weight_dtype)
+    want, size = exact(case)
     assert np.max(np.abs(got - want) / size) < tolerance
 
 
@@ -70,9 +70,10 @@ def test_zero_points_between_codes_round_the_element():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name, group, scale_dtype", [("int4", 16, "bfloat16"), ("int4", 32, "bfloat16"), ("int8", 32, "float32")])
-def test_small_groups_equal_the_weight_dequantized_in_the_dtype_of_the_activations(name, group, scale_dtype, dtype):
+def test_small_groups_round_the_element_to_the_dtype_of_the_activations(name, group, scale_dtype, dtype):
+    """Once: half a unit in the last place. (XLA's CPU may keep more bits of a bfloat16 product than a GPU does.)"""
     case = make(name, 3, 20, 136, group, dtype=dtype, scale_dtype=scale_dtype, asymmetric=name == "int4")
-    check(case, weight_dtype=dtype, tiling=SMALL._replace(block_k=64))
+    check(case, tolerance=2.0 ** {"bfloat16": -9, "float16": -12}[dtype], tiling=SMALL._replace(block_k=64))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -139,7 +140,8 @@ def kernel(case: Case):
 
 
 def close(a, b) -> None:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), a, b)
+    """Equal up to float32 sums of terms as large as the largest result."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(b)))), a, b)
 
 
 def test_gradients_are_those_of_the_reference():
@@ -151,8 +153,7 @@ def test_gradients_are_those_of_the_reference():
 def test_experts_are_one_call_with_a_larger_grid():
     case = make("int4", 3, 20, 64, 32, dtype="float32", lead=(3,))
     close(*(jax.vmap(f)(*case.arrays[:3]) for f in (kernel(case), plain(case))))
-    text = str(jax.make_jaxpr(jax.vmap(kernel(case)))(*case.arrays[:3]))
-    assert text.count("pallas_call") == 1 and "scan" not in text.replace("scan_count", "")
+    assert calls(jax.vmap(kernel(case)), *case.arrays[:3]) == [(3, 1, 9, 20)]  # float32: three times the rows
 
 
 def test_mapped_activations_are_more_rows_of_one_product():
@@ -161,8 +162,12 @@ def test_mapped_activations_are_more_rows_of_one_product():
     x = jnp.stack([case.x, 2 * case.x])
     f = lambda x: kernel(case)(x, case.planes, case.scale)
     close(jax.vmap(f)(x), jnp.stack([f(case.x), 2 * f(case.x)]))
-    shapes = lambda f, x: [e.outvars[0].aval.shape for e in _pallas_calls(jax.make_jaxpr(f)(x).jaxpr)]
-    assert shapes(jax.vmap(f), x) == [(1, 6, 20)]
+    assert calls(jax.vmap(f), x) == [(1, 18, 20)]
+
+
+def calls(f, *args) -> list[tuple[int, ...]]:
+    """The shapes of the results of all kernels that a program calls."""
+    return [eqn.outvars[0].aval.shape for eqn in _pallas_calls(jax.make_jaxpr(f)(*args).jaxpr)]
 
 
 def _pallas_calls(jaxpr):

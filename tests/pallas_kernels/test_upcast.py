@@ -40,9 +40,9 @@ def test_a_zero_point_between_codes_is_rounded_once(dtype):
 @pytest.mark.parametrize("name", [n for n, e in ELEMENTS.items() if e.kind == "float"])
 def test_small_floats_are_exact_up_to_their_unit_subnormal_numbers_included(name, dtype):
     e, want = element(name), values(name, True)
-    got = np.asarray(upcast.small_floats(every_code(e.bits), e, dtype), np.float32) / upcast.small_float_unit(e)
     finite = np.isfinite(want)
-    np.testing.assert_array_equal(got[finite], want[finite])
+    got = np.asarray(upcast.small_floats(every_code(e.bits), e, dtype), np.float32)[finite]
+    np.testing.assert_array_equal(got / upcast.small_float_unit(e), want[finite])
 
 
 def test_a_table_is_looked_up_in_every_dtype():
