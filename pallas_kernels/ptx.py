@@ -106,7 +106,7 @@ def _load_size(line: str) -> tuple[str, int] | None:
     op = _opcode(line)
     if op.startswith("cp.async.bulk"):
         return "cp.async.bulk", 0
-    if op.startswith("cp.async.c"):
+    if op.startswith(("cp.async.ca", "cp.async.cg")):
         sizes = re.findall(r"\]\s*,\s*(0x[0-9a-f]+|\d+)", line)
         return "cp.async", int(sizes[-1], 0) if sizes else 0
     if op.startswith("ld.global"):
@@ -120,9 +120,9 @@ def _sources(lines: list[str]) -> dict[str, int]:
     """Which argument each 64-bit register's address comes from, followed through moves, casts and sums."""
     from_: dict[str, int] = {}
     for line in lines:
-        if m := re.match(r"ld\.param\.[bu]64\s+(%\w+),\s*\[\w+?_param_(\d+)\]", line):
+        if m := re.match(r"ld\.param(?:::entry)?\.[bu]64\s+(%\w+),\s*\[\w+?_param_(\d+)\]", line):
             from_[m[1]] = int(m[2])
-        elif m := re.match(r"ld\.param\.v2\.[bu]64\s+\{(%\w+),\s*(%\w+)\},\s*\[\w+?_param_(\d+)\]", line):
+        elif m := re.match(r"ld\.param(?:::entry)?\.v2\.[bu]64\s+\{(%\w+),\s*(%\w+)\},\s*\[\w+?_param_(\d+)\]", line):
             from_[m[1]], from_[m[2]] = int(m[3]), int(m[3]) + 1
         elif m := re.match(r"(?:cvta\.to\.global\.u64|cvta\.global\.u64|mov\.[bu]64)\s+(%\w+),\s*(%\w+)", line):
             if m[2] in from_:

@@ -55,7 +55,7 @@ TUNED: dict[tuple[str, int, int, int, int, int], Tiling] = {}
 MIN_LANE_K = 16  # elements that a tensor core contracts at once
 
 
-def choose(p: Problem, device: str, gpu: Gpu, fits_shared: bool = True) -> Tiling:
+def choose(p: Problem, device: str, gpu: Gpu) -> Tiling:
     """The tiling of a problem: the table's, else that which the model below finds fastest."""
     group = 0 if p.group >= p.k else p.group
     tuned = TUNED.get((device, p.bits, group, _power(p.m), p.n, p.k))
@@ -89,7 +89,9 @@ def _candidates(p: Problem, gpu: Gpu) -> list[Tiling]:
                 block_k = block_k_of(p, most)
                 for split in (1, 2, 4, 8, 16):
                     if split == 1 or (p.m <= 64 and steps(block_k) >= 4 * split):
-                        out.append(Tiling(block_m, block_n, block_k, split, 4, 3 if block_m > 64 else 5))
+                        # Two accumulators of a program, the sums and those of a step, must fit in registers.
+                        warps = 8 if block_m * block_n > 64 * 128 else 4
+                        out.append(Tiling(block_m, block_n, block_k, split, warps, 3 if block_m > 64 else 5))
     return out
 
 

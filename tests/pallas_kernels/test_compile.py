@@ -1,6 +1,7 @@
 """Every kernel, compiled for GPUs that are not there: it compiles, without spills, on tensor cores, each byte read once."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ DECODE = Tiling(16, 64, 128, 4, 4, 5)
 PREFILL = Tiling(128, 128, 128, 1, 8, 3)
 
 
-def compiled(device, name, group, m, n, k, tiling, *, dtype=jnp.bfloat16, scale_dtype=jnp.bfloat16, asymmetric=False):
+def compiled(device, name, group, m, n, k, tiling, *, dtype=jnp.bfloat16, scale_dtype=jnp.bfloat16, asymmetric=False, packed=False):
     blocks = 1 if group is None else -(-k // group)
     shape = jax.ShapeDtypeStruct
     planes = tuple(shape((n, -(-k * w // 8)), jnp.uint8) for w in plane_widths(element(name).bits))
@@ -28,7 +29,7 @@ def compiled(device, name, group, m, n, k, tiling, *, dtype=jnp.bfloat16, scale_
 
     def product(x, planes, scale, *zero):
         return quantized_matmul(
-            x, planes, scale, *zero, element=name, group_size=group, device=device, tiling=tiling
+            x, planes, scale, *zero, element=name, group_size=group, device=device, tiling=tiling, packed=packed
         )
 
     program = harness.compile_for(device, product, shape((m, k), dtype), planes, shape((n, blocks), scale_dtype), *zero)
@@ -39,12 +40,9 @@ def compiled(device, name, group, m, n, k, tiling, *, dtype=jnp.bfloat16, scale_
 def check(program, kernel, device, n, k):
     assert kernel.spill_bytes == 0
     assert kernel.shared_bytes <= gpu(device).shared_per_block
-    tensor = "wgmma.mma_async" if gpu(device).arch == 90 else "mma.sync"
-    assert kernel.ptx.counts.get(tensor, 0) > 0
-    # Nothing as large as a float weight is ever made.
-    assert f"[{n},{k}]" not in program.hlo.replace("u8", "") or not any(
-        f"{t}[{n},{k}]" in program.hlo for t in ("bf16", "f16", "f32")
-    )
+    assert kernel.ptx.counts.get("wgmma.mma_async" if gpu(device).arch == 90 else "mma.sync", 0) > 0
+    made = {m[1] for m in re.finditer(r"= (?:bf16|f16|f32)\[([\d,]+)\]", program.hlo)}
+    assert not [size for size in made if math.prod(map(int, size.split(","))) >= n * k], "a float copy of the weight"
 
 
 @pytest.mark.parametrize("device", ["h100", "a100"])
@@ -60,6 +58,15 @@ def test_decoding_reads_every_byte_of_the_weight_once(device, name, group, scale
     steps = math.ceil(k / t.block_k / t.split_k)
     read = kernel.bytes_of_step(1) * steps * kernel.blocks
     assert read == n * k * element(name).bits // 8
+    assert {load.bytes for load in kernel.ptx.loads if load.parameter == 1} == {16 if name == "int4" else 8}
+
+
+@pytest.mark.parametrize("device", ["h100", "a100"])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_the_packed_upcast_compiles(device, asymmetric):
+    program, kernel = compiled(device, "int4", 128, 16, 512, 1024, DECODE, asymmetric=asymmetric, packed=True)
+    check(program, kernel, device, 512, 1024)
+    assert kernel.ptx.counts["fma"] >= 32  # two elements each
 
 
 @pytest.mark.slow

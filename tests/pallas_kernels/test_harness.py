@@ -15,7 +15,7 @@ PTX = """
 {
 	.reg .pred 	%p<2>;
 	ld.param.b64 	%rd1, [scale_param_0];
-	ld.param.b64 	%rd2, [scale_param_1];
+	ld.param::entry.b64 	%rd2, [scale_param_1];
 	cvta.to.global.u64 	%rd3, %rd1;
 	add.s64 	%rd4, %rd3, %rd9;
 	@%p1 cp.async.cg.shared.global [ %r1 + 0 ], [ %rd4 + 0 ], 0x10, %r2;
@@ -25,6 +25,7 @@ $L__BB0_1:
 	mov.u16 %rs1, 0x0; @%p1 ld.global.v4.b32 { %r3, %r4, %r5, %r6 }, [ %rd2 + 0 ];
 	wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%r1}, {%r2}, %rd69, 0, 1, 1, 0;
 	@%p1 bra 	$L__BB0_1;
+	cp.async.commit_group;
 	ret;
 }
 """
