@@ -127,7 +127,10 @@ def timed(name: str, layer: shapes.Linear, m: int, device: str, g: Gpu, xla: dic
     got, want = (jax.jit(product(f, device, right))(x, weights[0]).astype(jnp.float32) for right in (False, True))
     error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
     if (m, n, k) not in xla:
-        dense = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(max(2, math.ceil(3 * g.l2 / (2 * n * k))))]
+        dense = [
+            jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16)
+            for i in range(max(2, math.ceil(3 * g.l2 / (2 * n * k))))
+        ]
         plain = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
         xla[m, n, k] = seconds(lambda x, w: x @ w.T, plain, dense)
     mine, other = seconds(product(f, device), x, weights), xla[m, n, k]
@@ -178,7 +181,9 @@ def main() -> None:
         for m in args.rows:
             for name in args.formats:
                 try:
-                    row = timed(name, layer, m, args.device, g, xla) if on_gpu else static(name, layer, m, args.device, g)
+                    row = (
+                        timed(name, layer, m, args.device, g, xla) if on_gpu else static(name, layer, m, args.device, g)
+                    )
                 except Exception as error:  # one kernel that fails must not hide the others
                     row = f"| {layer.model} {layer.layer} | {m} x {layer.n} x {layer.k} | {name} | {type(error).__name__}: {str(error)[:200]} |"
                 print(row, flush=True)

@@ -1,6 +1,6 @@
 """The definition of right: plain jnp, one line for each step of the formula.
 
-    out[m, n] = sum_g a_scale[m, g] b_scale[n, g] sum_(k in g) a[m, k] b[n, k]
+out[m, n] = sum_g a_scale[m, g] b_scale[n, g] sum_(k in g) a[m, k] b[n, k]
 """
 
 import jax

@@ -1,6 +1,6 @@
 """The definition of right: plain jnp, float32, one line for each step of the formula.
 
-    out[m, n] = sum_k x[m, k] (value(code[n, k]) - zero_point[n, k // group]) scale[n, k // group]
+out[m, n] = sum_k x[m, k] (value(code[n, k]) - zero_point[n, k // group]) scale[n, k // group]
 """
 
 import jax

@@ -15,7 +15,6 @@ float32 activations are parted into three bfloat16 numbers that add up to them, 
 in bfloat16, so the product is one of float32.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -154,6 +153,7 @@ def quantized_matmul(
 
 def _three_parts(x: jax.Array) -> jax.Array:
     """float32 `[..., M, K]` as bfloat16 `[..., 3 M, K]`, three rows that add up to one."""
+
     # By bits: XLA may take x - x.astype(bfloat16).astype(float32) for nothing.
     def top(x: jax.Array) -> jax.Array:
         bits = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFF0000)

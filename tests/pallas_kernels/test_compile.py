@@ -21,7 +21,20 @@ DECODE = Tiling(16, 64, 128, 4, 4, 5)
 PREFILL = Tiling(128, 128, 128, 1, 8, 3)
 
 
-def compiled(device, name, group, m, n, k, tiling, *, dtype=jnp.bfloat16, scale_dtype=jnp.bfloat16, asymmetric=False, packed=False):
+def compiled(
+    device,
+    name,
+    group,
+    m,
+    n,
+    k,
+    tiling,
+    *,
+    dtype=jnp.bfloat16,
+    scale_dtype=jnp.bfloat16,
+    asymmetric=False,
+    packed=False,
+):
     blocks = 1 if group is None else -(-k // group)
     shape = jax.ShapeDtypeStruct
     planes = tuple(shape((n, -(-k * w // 8)), jnp.uint8) for w in plane_widths(element(name).bits))
@@ -73,7 +86,12 @@ def test_the_packed_upcast_compiles(device, asymmetric):
 @pytest.mark.parametrize("device", ["h100", "a100"])
 @pytest.mark.parametrize(
     "name, group, scale_dtype",
-    [("int4", 128, jnp.bfloat16), ("int8", None, jnp.float32), ("fp8_e4m3", None, jnp.float32), ("nf4", 64, jnp.bfloat16)],
+    [
+        ("int4", 128, jnp.bfloat16),
+        ("int8", None, jnp.float32),
+        ("fp8_e4m3", None, jnp.float32),
+        ("nf4", 64, jnp.bfloat16),
+    ],
 )
 def test_prefill_compiles_without_spills(device, name, group, scale_dtype):
     program, kernel = compiled(device, name, group, 1024, 1024, 1024, None, scale_dtype=scale_dtype)
@@ -87,7 +105,12 @@ def test_prefill_compiles_without_spills(device, name, group, scale_dtype):
 def test_products_of_codes_compile(device, dtype, m):
     shape = jax.ShapeDtypeStruct
     f = lambda a, b, s, t: low_precision_matmul(a, b, s, t, device=device)
-    args = shape((m, 1024), dtype), shape((1024, 1024), dtype), shape((m, 1), jnp.float32), shape((1024, 1), jnp.float32)
+    args = (
+        shape((m, 1024), dtype),
+        shape((1024, 1024), dtype),
+        shape((m, 1), jnp.float32),
+        shape((1024, 1), jnp.float32),
+    )
     [kernel] = harness.compile_for(device, f, *args).named("low_precision")
     assert kernel.spill_bytes == 0 and kernel.shared_bytes <= gpu(device).shared_per_block
     assert kernel.ptx.counts.get("wgmma.mma_async" if device == "h100" else "mma.sync", 0) > 0

@@ -78,7 +78,13 @@ def test_an_unknown_gpu_is_an_error():
 def test_shapes_are_those_of_the_models():
     """Parameters of the linear layers, against the models' published sizes."""
     layers = {"SmolLM2-135M": 30, "Llama-3.1-8B": 32, "Llama-3.1-70B": 80, "Qwen3-8B": 36, "Mixtral-8x7B": 32}
-    published = {"SmolLM2-135M": 0.135e9, "Llama-3.1-8B": 8.03e9, "Llama-3.1-70B": 70.6e9, "Qwen3-8B": 8.19e9, "Mixtral-8x7B": 46.7e9}
+    published = {
+        "SmolLM2-135M": 0.135e9,
+        "Llama-3.1-8B": 8.03e9,
+        "Llama-3.1-70B": 70.6e9,
+        "Qwen3-8B": 8.19e9,
+        "Mixtral-8x7B": 46.7e9,
+    }
     for model, count in layers.items():
         found = shapes.of_model(model)
         size = lambda s: s.n * s.k * s.experts * (2 if "," in s.layer else 1)

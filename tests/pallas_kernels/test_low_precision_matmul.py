@@ -55,7 +55,9 @@ def test_int8_sums_do_not_round():
     """2**24 and more is beyond float32's integers, not beyond int32's."""
     a, b = jnp.full((1, 2048), 127, jnp.int8), jnp.full((1, 2048), 127, jnp.int8).at[0, 0].set(126)
     one = jnp.ones((1, 1), jnp.float32)
-    got = low_precision_matmul(a, b, one, one, out_dtype=jnp.float32, interpret=True, tiling=SMALL._replace(block_k=128))
+    got = low_precision_matmul(
+        a, b, one, one, out_dtype=jnp.float32, interpret=True, tiling=SMALL._replace(block_k=128)
+    )
     assert float(got[0, 0]) == np.float32(127 * 127 * 2047 + 127 * 126)
 
 
@@ -64,7 +66,12 @@ def test_scales_of_a_whole_tensor_are_spread():
     one = jnp.full((1, 1), 0.5, jnp.float32)
     check((a, b, jnp.broadcast_to(one, (3, 1)), jnp.broadcast_to(one, (5, 1))))
     got = low_precision_matmul(a, b, one, one, out_dtype=jnp.float32, interpret=True, tiling=SMALL)
-    np.testing.assert_array_equal(got, low_precision_matmul(a, b, *(jnp.full((r, 1), 0.5) for r in (3, 5)), out_dtype=jnp.float32, interpret=True, tiling=SMALL))
+    np.testing.assert_array_equal(
+        got,
+        low_precision_matmul(
+            a, b, *(jnp.full((r, 1), 0.5) for r in (3, 5)), out_dtype=jnp.float32, interpret=True, tiling=SMALL
+        ),
+    )
 
 
 def test_errors_say_why():

@@ -50,7 +50,9 @@ def test_codes_are_exact_and_sums_float32(name, group, scale_dtype, dtype):
     check(make(name, 3, 20, 70, group, dtype=dtype, scale_dtype=scale_dtype))
 
 
-@pytest.mark.parametrize("name, block_k", [("int2", 64), ("int3", 128), ("int5", 128), ("int6", 64), ("int7", 128), ("fp6_e3m2", 64)])
+@pytest.mark.parametrize(
+    "name, block_k", [("int2", 64), ("int3", 128), ("int5", 128), ("int6", 64), ("int7", 128), ("fp6_e3m2", 64)]
+)
 def test_codes_in_planes_are_exact(name, block_k):
     tiling = SMALL._replace(block_k=block_k)
     check(make(name, 3, 20, 160, None), tiling=tiling)
@@ -69,7 +71,9 @@ def test_zero_points_between_codes_round_the_element():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name, group, scale_dtype", [("int4", 16, "bfloat16"), ("int4", 32, "bfloat16"), ("int8", 32, "float32")])
+@pytest.mark.parametrize(
+    "name, group, scale_dtype", [("int4", 16, "bfloat16"), ("int4", 32, "bfloat16"), ("int8", 32, "float32")]
+)
 def test_small_groups_round_the_element_to_the_dtype_of_the_activations(name, group, scale_dtype, dtype):
     """Once: half a unit in the last place. (XLA's CPU may keep more bits of a bfloat16 product than a GPU does.)"""
     case = make(name, 3, 20, 136, group, dtype=dtype, scale_dtype=scale_dtype, asymmetric=name == "int4")
@@ -118,7 +122,9 @@ def test_the_result_is_rounded_to_its_dtype(out_dtype):
     out = quantized_matmul(*case.arrays, **case.options, out_dtype=out_dtype, interpret=True, tiling=SMALL)
     assert out.dtype == (out_dtype or jnp.bfloat16)
     want = run(case).astype(np.float32)
-    np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(jnp.asarray(want).astype(out.dtype), np.float32))
+    np.testing.assert_array_equal(
+        np.asarray(out, np.float32), np.asarray(jnp.asarray(want).astype(out.dtype), np.float32)
+    )
 
 
 def test_parts_of_the_contracted_axis_give_the_same_numbers_in_every_order_of_programs():
