@@ -83,7 +83,8 @@ def _candidates(p: Problem, gpu: Gpu) -> list[Tiling]:
     rows = max(16, min(128, _power(p.m)))
     steps = lambda block_k: max(1, math.ceil(p.k / block_k))
     out = []
-    for block_m in {rows, max(16, rows // 2)}:
+    # Few rows are one block, so that the weight is read once.
+    for block_m in {rows, rows // 2} if p.m > 64 else {rows}:
         for block_n in (64, 128):
             for most in (128, 256):
                 block_k = block_k_of(p, most)
