@@ -1,7 +1,6 @@
 """The differences between the versions of JAX that the kernels run on (0.10.2 to 0.12), all in one place."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,35 +16,25 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return plt.dot(a, b, allow_tf32=False) if a.dtype == jax.numpy.float32 else plt.dot(a, b)
 
 
-def _abstract_gpu(mesh: Any, kind: str) -> Any:
-    """`mesh` on a GPU of this kind: what JAX 0.12 reads when it lowers for a GPU that is not there."""
-    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    return mesh.update(abstract_device=device)
-
-
 @contextlib.contextmanager
 def lowering_for(kind: str) -> Iterator[None]:
-    """Kernels traced and lowered inside are lowered for this kind of GPU, if the process has none.
+    """Kernels traced inside can be lowered for a GPU on a machine that has none.
 
-    JAX 0.10.2 assumes compute capability 9.0 where there is no GPU and needs nothing. JAX 0.12 wants the device told by
-    an abstract mesh. The mesh of the surrounding program, if any, is kept.
+    JAX 0.10.2 needs nothing: it takes compute capability 9.0 where there is no GPU. JAX 0.12 wants the device told by the
+    abstract mesh around the kernel, which is the surrounding program's with a GPU of this kind for its device, unless it
+    has a GPU already. It is kept with the traced kernel, so that it is there whenever that is lowered. The kind decides
+    nothing else: XLA compiles for the device that it is told.
     """
-    if not hasattr(jax.sharding, "get_abstract_mesh") or not _needs_abstract_device():
+    if jax.__version_info__ < (0, 11):
         yield
         return
-    with jax.sharding.use_abstract_mesh(_abstract_gpu(jax.sharding.get_abstract_mesh(), kind)):
+    mesh = jax.sharding.get_abstract_mesh()
+    known = mesh.abstract_device
+    if known is not None and known.platform in ("gpu", "cuda"):
         yield
-
-
-def _needs_abstract_device() -> bool:
-    return jax.__version_info__ >= (0, 11) and hasattr(jax.sharding, "AbstractDevice")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warning that Pallas' Triton backend will one day be removed (JAX 0.12)."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
+        return
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
         yield
 
 

@@ -1,7 +1,8 @@
 """Element types: what a code stands for, and its planes. Data, no arithmetic of kernels.
 
 The names and the numbers are those of the formats that the weights are stored in: integers in two's complement (with a
-zero point: unsigned), the floats of OFP8 and of the OCP MX specification v1.0, the codebook of QLoRA (arXiv 2305.14314).
+zero point: unsigned), the floats of OFP8 and of the OCP MX specification v1.0, the codebook of QLoRA (arXiv
+2305.14314).
 """
 
 from typing import NamedTuple

@@ -59,7 +59,8 @@ def quantized_matmul(
     Args:
       x: `[..., K]`: bfloat16, float16, or float32 (which keeps its precision).
       planes: the codes as `reference.pack` makes them: uint8 `[N, bytes]`, one for each plane.
-      scale: `[N (or 1), blocks]`, blocks = 1 or ceil(K / group_size); any float dtype, or float8_e8m0fnu, float8_e4m3fn.
+      scale: `[N (or 1), blocks]`, blocks = 1 or ceil(K / group_size); any float dtype, or float8_e8m0fnu or
+        float8_e4m3fn.
       zero_point: the shape of `scale`, uint8 or float; None for codes in two's complement, and for other elements.
       element: "int2" to "int8", "nf4", "fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1".
       group_size: elements of a row that share a scale (the last group may be shorter); None where the row does.
@@ -67,8 +68,8 @@ def quantized_matmul(
       implementation: "triton", or "xla".
       device: the GPU whose tilings are used, "h100", "a100" or "b200"; the result does not depend on it.
       tiling: to choose it oneself.
-      packed: upcast 2- and 4-bit integers two at a time by inline PTX, which no simulator runs: unproven until a GPU has
-        run it.
+      packed: upcast 2- and 4-bit integers two at a time by inline PTX, which no simulator runs: unproven until a GPU
+        has run it.
       interpret: run the kernel in Pallas' interpreter: on any machine, slowly.
 
     Returns:
@@ -142,10 +143,10 @@ def _flat(options: Options, batch: int, x: jax.Array, w: Arrays) -> jax.Array:
     together = lambda a: a.reshape(*front, *a.shape[batch:])
     flat = x.reshape(*front, math.prod(rows), k)
     planes, scale, zero_point = jax.tree.map(together, w)
-    common = dict(element=options.element, group_size=options.group_size, out_dtype=options.out_dtype)
-    if options.implementation == "xla":
-        out = xla.quantized_matmul(flat, planes, scale, zero_point, **common)
+    static: dict[str, Any] = options._asdict()
+    if static.pop("implementation") == "xla":
+        kept = {name: static[name] for name in ("element", "group_size", "out_dtype")}
+        out = xla.quantized_matmul(flat, planes, scale, zero_point, **kept)
     else:
-        special = dict(device=options.device, tiling=options.tiling, packed=options.packed, interpret=options.interpret)
-        out = triton.quantized_matmul(flat, planes, scale, zero_point, **common, **special)
+        out = triton.quantized_matmul(flat, planes, scale, zero_point, **static)
     return out.reshape(*lead, *rows, out.shape[-1])

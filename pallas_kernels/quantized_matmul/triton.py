@@ -2,9 +2,9 @@
 
 The weight is the left operand of the tensor core, upcast in registers on the way from shared memory; a row of
 activations is a column of the right one. So few rows cost little, and no upcast weight is written anywhere. A word of
-codes holds several elements that lie side by side in a row (two of 4 bits in a byte). They are not put in a row again:
-the activations are parted instead, once, into the elements of the first lane, of the second, and so on, and the products
-of the lanes are added:
+codes holds several elements that lie side by side in a row (four of 4 bits in 16). They are not put in a row again: the
+activations are parted instead, once, into the elements of the first lane, of the second, and so on, and the products of
+the lanes are added:
 
     sum_k w_k x_k  =  sum_l sum_j w_(j L + l) x_(j L + l)
 
@@ -197,7 +197,7 @@ def _run(
     call = partial(_call, how=how, interpret=interpret)
     dtype = jnp.dtype("float32") if t.split_k > 1 else out_dtype
     one = lambda x, words, scales: call(x, words, scales, out_dtype=dtype)
-    with compat.lowering_for(gpu(device).kind), compat.quiet():
+    with compat.lowering_for(gpu(device).kind):
         out = (jax.vmap(one) if batched else one)(parted, words, scales)
     return jnp.sum(out, axis=-3).astype(out_dtype) if t.split_k > 1 else jnp.squeeze(out, -3)
 

@@ -1,8 +1,8 @@
 """The product as XLA does it: the weight is dequantized in the dtype of the activations, written out, and multiplied.
 
-What a kernel is compared with, and what runs where no kernel can. It is also the derivative of the kernels: with respect
-to the activations that is a product with the weight itself, and for the many rows of training one pass of dequantizing
-costs little beside it.
+What a kernel is compared with, and what runs where no kernel can. It is also the derivative of the kernels: with
+respect to the activations that is a product with the weight itself, and for the many rows of training one pass of
+dequantizing costs little beside it.
 """
 
 import jax

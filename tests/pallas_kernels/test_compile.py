@@ -1,4 +1,4 @@
-"""Every kernel, compiled for GPUs that are not there: it compiles, without spills, on tensor cores, each byte read once."""
+"""Every kernel, compiled for GPUs that are not there: no spills, tensor cores, each byte of the weight read once."""
 
 import math
 import re
@@ -71,7 +71,7 @@ def test_decoding_reads_every_byte_of_the_weight_once(device, name, group, scale
     steps = math.ceil(k / t.block_k / t.split_k)
     read = kernel.bytes_of_step(1) * steps * kernel.blocks
     assert read == n * k * element(name).bits // 8
-    assert {load.bytes for load in kernel.ptx.loads if load.parameter == 1} == {16 if name == "int4" else 8}
+    assert min(load.bytes for load in kernel.ptx.loads if load.parameter == 1) >= (16 if name == "int4" else 8)
 
 
 @pytest.mark.parametrize("device", ["h100", "a100"])

@@ -49,7 +49,7 @@ ptxas info    : Used 93 registers, used 1 barriers, 1024 bytes smem"""
 
 
 def test_launches_are_read():
-    line = "002: kCustomKernel [prev=001 (1) | sink ] f_1 grid: [64, 4, 1] threads: [128, 1, 1]  shared_memory: 36864 bytes"
+    line = "002: kCustomKernel [prev=001 | sink] f_1 grid: [64, 4, 1] threads: [128, 1, 1]  shared_memory: 36864 bytes"
     assert harness.parse_launches(line) == {"f_1": harness.Launch((64, 4, 1), 128, 36864)}
 
 

@@ -1,8 +1,8 @@
 """The numbers of the Triton kernels, in Pallas' interpreter, against float64.
 
-Where scales multiply sums, codes are exact and the error is that of float32 sums. Where they multiply elements (a step of
-the loop spans several groups), and for tables, elements are rounded to the dtype of the activations. Errors are in units
-of the sum of absolute terms.
+Where scales multiply sums, codes are exact and the error is that of float32 sums. Where they multiply elements (a step
+of the loop spans several groups), and for tables, elements are rounded to the dtype of the activations. Errors are in
+units of the sum of absolute terms.
 """
 
 import hypothesis

@@ -1,4 +1,4 @@
-"""The tilings that the model chooses, for every shape of the list: valid, and with work for all cores where they decode."""
+"""The tilings that the model chooses, for every shape of the list: valid, and with work for all cores in decoding."""
 
 import math
 
@@ -12,7 +12,9 @@ from pallas_kernels.shapes import ROWS, SHAPES
 
 
 @pytest.mark.parametrize("device", GPUS)
-@pytest.mark.parametrize("bits, group, word_bytes", [(4, 128, 2), (4, 32, 2), (4, None, 2), (8, None, 1), (3, 64, 1), (4, 16, 1)])
+@pytest.mark.parametrize(
+    "bits, group, word_bytes", [(4, 128, 2), (4, 32, 2), (4, None, 2), (8, None, 1), (3, 64, 1), (4, 16, 1)]
+)
 def test_blocks_fit_the_kernel_and_the_gpu(device, bits, group, word_bytes):
     g, lanes = GPUS[device], upcast.lanes(bits, word_bytes)
     for s in {(s.n, s.k, s.experts) for s in SHAPES}:
