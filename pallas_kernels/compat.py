@@ -20,10 +20,10 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
 def lowering_for(kind: str) -> Iterator[None]:
     """Kernels traced inside can be lowered for a GPU on a machine that has none.
 
-    JAX 0.10.2 needs nothing: it takes compute capability 9.0 where there is no GPU. JAX 0.12 wants the device told by the
-    abstract mesh around the kernel, which is the surrounding program's with a GPU of this kind for its device, unless it
-    has a GPU already. It is kept with the traced kernel, so that it is there whenever that is lowered. The kind decides
-    nothing else: XLA compiles for the device that it is told.
+    JAX 0.10.2 needs nothing: it takes compute capability 9.0 where there is no GPU. JAX 0.12 wants the device told by
+    the abstract mesh around the kernel, which is the surrounding program's with a GPU of this kind for its device,
+    unless it has a GPU already. It is kept with the traced kernel, so that it is there whenever that is lowered. The
+    kind decides nothing else: XLA compiles for the device that it is told.
     """
     if jax.__version_info__ < (0, 11):
         yield

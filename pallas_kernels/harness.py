@@ -1,7 +1,7 @@
 """Compiling for a GPU that is not there: `compile_for("h100", f, *shapes)` says what XLA and ptxas make of `f`.
 
-It needs JAX's CUDA plugin, but neither a GPU nor a driver. The plugin must be told so before JAX starts its backends. The
-import of this module does that; where they had started before, `compile_for` says what to set.
+It needs JAX's CUDA plugin, but neither a GPU nor a driver. The plugin must be told so before JAX starts its backends.
+The import of this module does that; where they had started before, `compile_for` says what to set.
 """
 
 import importlib.util

@@ -1,9 +1,9 @@
 """Codes to floats by moving bits: what a kernel does to each element, as functions of arrays.
 
 A 16-bit float with a fixed exponent counts in its mantissa: the bits of 128 or'ed with u (0 <= u < 128) are the
-bfloat16 128 + u, those of 1024 with u (u < 1024) the float16 1024 + u. So an upcast is an `or` and a subtraction, exact,
-and the zero point (or the shift of two's complement) comes with the subtraction. A small float is a float16 whose bits
-are put in their places, up to a power of two, subnormal numbers included.
+bfloat16 128 + u, those of 1024 with u (u < 1024) the float16 1024 + u. So an upcast is an `or` and a subtraction,
+exact, and the zero point (or the shift of two's complement) comes with the subtraction. A small float is a float16
+whose bits are put in their places, up to a power of two, subnormal numbers included.
 """
 
 import jax

@@ -94,7 +94,7 @@ def test_the_packed_upcast_compiles(device, asymmetric):
     ],
 )
 def test_prefill_compiles_without_spills(device, name, group, scale_dtype):
-    program, kernel = compiled(device, name, group, 1024, 1024, 1024, None, scale_dtype=scale_dtype)
+    program, kernel = compiled(device, name, group, 256, 1024, 1024, None, scale_dtype=scale_dtype)
     check(program, kernel, device, 1024, 1024)
 
 
@@ -113,4 +113,6 @@ def test_products_of_codes_compile(device, dtype, m):
     )
     [kernel] = harness.compile_for(device, f, *args).named("low_precision")
     assert kernel.spill_bytes == 0 and kernel.shared_bytes <= gpu(device).shared_per_block
-    assert kernel.ptx.counts.get("wgmma.mma_async" if device == "h100" else "mma.sync", 0) > 0
+    # Triton has no wgmma of fp8 whose sums are float32 throughout: it takes mma.sync there.
+    wgmma = device == "h100" and dtype == "int8"
+    assert kernel.ptx.counts.get("wgmma.mma_async" if wgmma else "mma.sync", 0) > 0
