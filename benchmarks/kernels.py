@@ -1,0 +1,193 @@
+"""Every kernel, at the shapes of real models: checked, timed and tabled against XLA and the roofline; one command.
+
+    python benchmarks/kernels.py [--model Llama-3.1-8B] [--rows 1 16 4096] [--formats int4-g128 int8] [--device h100]
+
+On a GPU: the error against float32, microseconds of the kernel and of `jnp.dot` in bfloat16 in the same run, the ratio,
+and the fraction of the roofline (the slower of memory and tensor cores, by the data sheet). Each program runs the product
+with as many copies of the weight as exceed the L2 cache, so that weights come from memory; best of ten.
+
+Elsewhere: what the compiler says, for `--device`: registers, spills, shared memory, occupancy, blocks, bytes of weight
+that are read. No speed is claimed there.
+"""
+
+import argparse
+import math
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import harness, shapes
+from pallas_kernels.gpus import GPUS, Gpu, gpu
+from pallas_kernels.low_precision_matmul import low_precision_matmul
+from pallas_kernels.low_precision_matmul.reference import low_precision_matmul as low_precision_reference
+from pallas_kernels.quantized_matmul import quantized_matmul, reference
+from pallas_kernels.quantized_matmul.elements import element, plane_widths
+
+
+class Format(NamedTuple):
+    """A format of the weight: element, group, dtype of scales, whether it has zero points; `both`: activations too."""
+
+    element: str
+    group: int | None = None
+    scale: str = "bfloat16"
+    asymmetric: bool = False
+    both: str = ""
+
+
+FORMATS = {
+    "int4-g128": Format("int4", 128),
+    "int4-g128-asym": Format("int4", 128, asymmetric=True),
+    "int4-g32": Format("int4", 32),
+    "int4": Format("int4", None, "float32"),
+    "int8": Format("int8", None, "float32"),
+    "nf4-g64": Format("nf4", 64),
+    "fp8_e4m3": Format("fp8_e4m3", None, "float32"),
+    "mxfp4": Format("fp4_e2m1", 32, "float8_e8m0fnu"),
+    "nvfp4": Format("fp4_e2m1", 16, "float8_e4m3fn"),
+    "int3-g64": Format("int3", 64),
+    "int8+int8": Format("int8", None, "float32", both="int8"),
+    "fp8+fp8": Format("fp8_e4m3", None, "float32", both="float8_e4m3fn"),
+}
+
+
+def arguments(f: Format, m: int, n: int, k: int) -> tuple:
+    """The shapes of a product's arguments: activations, then the weight."""
+    shape = jax.ShapeDtypeStruct
+    if f.both:
+        rows = lambda r: shape((r, 1), jnp.float32)
+        return (shape((m, k), f.both), rows(m)), (shape((n, k), f.both), rows(n))
+    blocks = 1 if f.group is None else -(-k // f.group)
+    planes = tuple(shape((n, -(-k * w // 8)), jnp.uint8) for w in plane_widths(element(f.element).bits))
+    zero = shape((n, blocks), jnp.uint8) if f.asymmetric else None
+    return shape((m, k), jnp.bfloat16), (planes, shape((n, blocks), f.scale), zero)
+
+
+def product(f: Format, device: str, right: bool = False):
+    """The kernel of a format, or the definition of what is right, as a function of activations and weight."""
+    if f.both:
+        how = low_precision_reference if right else lambda *a: low_precision_matmul(*a, device=device)
+        return lambda x, w: how(x[0], w[0], x[1], w[1])
+    options = dict(element=f.element, group_size=f.group)
+    if right:
+        return lambda x, w: reference.quantized_matmul(x, *w, **options)
+    return lambda x, w: quantized_matmul(x, *w, **options, device=device)
+
+
+def nbytes(tree) -> int:
+    return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree))
+
+
+def roofline(f: Format, m: int, n: int, k: int, g: Gpu) -> float:
+    """Seconds that the product takes at least."""
+    x, w = arguments(f, m, n, k)
+    rate = g.int8_ops if f.both else g.bf16_flops
+    return max((nbytes(x) + nbytes(w) + 2 * m * n) / g.bandwidth, 2 * m * n * k / rate)
+
+
+# --- on a GPU ---
+
+
+def random(tree, key):
+    """Random arrays of these shapes; floats near one, codes of any bits."""
+
+    def one(a, key):
+        if a.dtype == jnp.uint8 or a.dtype == jnp.int8:
+            return jax.lax.bitcast_convert_type(jax.random.bits(key, a.shape, jnp.uint8), a.dtype)
+        return jax.random.uniform(key, a.shape, jnp.float32, 0.5, 1.0).astype(a.dtype)
+
+    leaves, tree = jax.tree.flatten(tree)
+    return tree.unflatten([one(a, key) for a, key in zip(leaves, jax.random.split(key, len(leaves)))])
+
+
+def best(fn, *args) -> float:
+    fn = jax.jit(fn)
+    jax.block_until_ready(fn(*args))
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(fn(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def seconds(fn, x, weights) -> float:
+    """Of one product, with a weight that is not in the cache."""
+    return best(lambda x, weights: [fn(x, w) for w in weights], x, weights) / len(weights)
+
+
+def timed(name: str, layer: shapes.Linear, m: int, device: str, g: Gpu, xla: dict) -> str:
+    f, n, k = FORMATS[name], layer.n, layer.k
+    x_shape, w_shape = arguments(f, m, n, k)
+    x = random(x_shape, jax.random.key(0))
+    copies = max(2, min(64, math.ceil(3 * g.l2 / nbytes(w_shape))))
+    weights = [random(w_shape, jax.random.key(i)) for i in range(1, copies + 1)]
+    got, want = (jax.jit(product(f, device, right))(x, weights[0]).astype(jnp.float32) for right in (False, True))
+    error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
+    if (m, n, k) not in xla:
+        dense = [
+            jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16)
+            for i in range(max(2, math.ceil(3 * g.l2 / (2 * n * k))))
+        ]
+        plain = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
+        xla[m, n, k] = seconds(lambda x, w: x @ w.T, plain, dense)
+    mine, other = seconds(product(f, device), x, weights), xla[m, n, k]
+    return (
+        f"| {layer.model} {layer.layer} | {m} x {n} x {k} | {name} | {error:.1e} | {mine * 1e6:.1f} | {other * 1e6:.1f} "
+        f"| {other / mine:.2f} | {roofline(f, m, n, k, g) / mine:.0%} |"
+    )
+
+
+# --- without ---
+
+
+def static(name: str, layer: shapes.Linear, m: int, device: str, g: Gpu) -> str:
+    f, n, k = FORMATS[name], layer.n, layer.k
+    args = arguments(f, m, n, k)
+    program = harness.compile_for(device, product(f, device), *args)
+    [kernel] = program.named("_matmul_")
+    counts = kernel.ptx.counts
+    products = counts.get("wgmma.mma_async", 0) or counts.get("mma.sync", 0)
+    return (
+        f"| {layer.model} {layer.layer} | {m} x {n} x {k} | {name} | {kernel.registers} | {kernel.spill_bytes} "
+        f"| {kernel.shared_bytes} | {kernel.occupancy(g):.0%} | {kernel.blocks} | {counts['all']} | {products} "
+        f"| {nbytes(args[1]) / 1e6:.1f} | {roofline(f, m, n, k, g) * 1e6:.1f} |"
+    )
+
+
+HEADS = {
+    True: "| layer | m x n x k | format | error | kernel, us | bf16 XLA, us | ratio | of the roofline |",
+    False: "| layer | m x n x k | format | registers | spills | shared memory | occupancy | blocks | PTX instructions "
+    "| tensor core products | weight, MB | roofline, us |",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="Llama-3.1-8B")
+    parser.add_argument("--layers", nargs="*", help="such as q 'gate, up'; all of the model by default")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 4096])
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--device", default="h100", choices=list(GPUS))
+    args = parser.parse_args()
+    on_gpu, g, xla = jax.default_backend() == "gpu", gpu(args.device), {}
+    print(f"{jax.devices()[0].device_kind if on_gpu else 'compiled for ' + g.kind}, jax {jax.__version__}\n")
+    print(HEADS[on_gpu] + "\n|" + "---|" * (HEADS[on_gpu].count("|") - 1), flush=True)
+    for layer in shapes.of_model(args.model):
+        if args.layers and layer.layer not in args.layers:
+            continue
+        for m in args.rows:
+            for name in args.formats:
+                try:
+                    row = (
+                        timed(name, layer, m, args.device, g, xla) if on_gpu else static(name, layer, m, args.device, g)
+                    )
+                except Exception as error:  # one kernel that fails must not hide the others
+                    row = f"| {layer.model} {layer.layer} | {m} x {layer.n} x {layer.k} | {name} | {type(error).__name__}: {str(error)[:200]} |"
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

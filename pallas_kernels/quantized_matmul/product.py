@@ -1,0 +1,152 @@
+"""`quantized_matmul`: any implementation, any leading axes, with a derivative and a batching rule."""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from pallas_kernels.quantized_matmul import triton, xla
+from pallas_kernels.quantized_matmul.elements import element, plane_widths
+from pallas_kernels.quantized_matmul.tilings import Tiling
+
+IMPLEMENTATIONS = ("triton", "xla")
+
+
+class Options(NamedTuple):
+    """What is static: see `quantized_matmul`."""
+
+    element: str
+    group_size: int | None
+    out_dtype: Any
+    implementation: str
+    device: str
+    tiling: Tiling | None
+    packed: bool
+    interpret: bool
+
+
+class Arrays(NamedTuple):
+    """The weight: `[*batch, N, ...]`."""
+
+    planes: tuple[jax.Array, ...]
+    scale: jax.Array
+    zero_point: jax.Array | None
+
+
+def quantized_matmul(
+    x: jax.Array,
+    planes: tuple[jax.Array, ...] | jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None = None,
+    *,
+    element: str,
+    group_size: int | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    implementation: str = "triton",
+    device: str = "h100",
+    tiling: Tiling | None = None,
+    packed: bool = False,
+    interpret: bool = False,
+) -> jax.Array:
+    """`out[..., n] = sum_k x[..., k] (value(code[n, k]) - zero_point[n, k // group]) scale[n, k // group]`.
+
+    Under `vmap` over weights (experts) the kernel gets one more axis of its grid; over activations alone, more rows.
+    The derivative, with respect to x, the scales and float zero points, is XLA's of the dequantized product.
+
+    Args:
+      x: `[..., K]`: bfloat16, float16, or float32 (which keeps its precision).
+      planes: the codes as `reference.pack` makes them: uint8 `[N, bytes]`, one for each plane.
+      scale: `[N (or 1), blocks]`, blocks = 1 or ceil(K / group_size); any float dtype, or float8_e8m0fnu or
+        float8_e4m3fn.
+      zero_point: the shape of `scale`, uint8 or float; None for codes in two's complement, and for other elements.
+      element: "int2" to "int8", "nf4", "fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1".
+      group_size: elements of a row that share a scale (the last group may be shorter); None where the row does.
+      out_dtype: of the result; that of `x` by default. Sums are float32.
+      implementation: "triton", or "xla".
+      device: the GPU whose tilings are used, "h100", "a100" or "b200"; the result does not depend on it.
+      tiling: to choose it oneself.
+      packed: upcast 2- and 4-bit integers two at a time by inline PTX, which no simulator runs: unproven until a GPU
+        has run it.
+      interpret: run the kernel in Pallas' interpreter: on any machine, slowly.
+
+    Returns:
+      `[..., N]`.
+
+    Raises:
+      ValueError: the shapes do not fit together, or the implementation can't do this product (it says why).
+    """
+    planes = planes if isinstance(planes, tuple) else (planes,)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"quantized_matmul: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    _check(x, planes, scale, element, group_size)
+    dtype = jnp.dtype(out_dtype or x.dtype)
+    options = Options(element, group_size, dtype, implementation, device, tiling, packed, interpret)
+    return _product(options, x, Arrays(planes, scale, zero_point))
+
+
+def _check(x: jax.Array, planes: tuple[jax.Array, ...], scale: jax.Array, name: str, group_size: int | None) -> None:
+    e, k = element(name), x.shape[-1]
+    want = [-(-k * w // 8) for w in plane_widths(e.bits)]
+    have = [p.shape[-1] for p in planes]
+    if want != have:
+        raise ValueError(
+            f"quantized_matmul: rows of {k} codes of {name} are planes of {want} bytes, but planes has {have}; "
+            "pack the codes along the contracted axis with reference.pack"
+        )
+    blocks = 1 if group_size is None else -(-k // group_size)
+    if scale.shape[-1] != blocks:
+        raise ValueError(f"quantized_matmul: scale {scale.shape} must have {blocks} blocks at its end")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(options: Options, x: jax.Array, w: Arrays) -> jax.Array:
+    return _batched(options, 0, x, w)
+
+
+def _forward(options: Options, x: jax.Array, w: Arrays) -> Any:
+    return _product(options, x, w), (x, w)
+
+
+def _backward(options: Options, kept: Any, cotangent: jax.Array) -> Any:
+    plain = options._replace(implementation="xla")
+    return jax.vjp(lambda x, w: _flat(plain, 0, x, w), *kept)[1](cotangent)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _batched(options: Options, batch: int, x: jax.Array, w: Arrays) -> jax.Array:
+    """`_flat`, with a batching rule: `batch` leading axes of all arrays hold separate products."""
+    if options.implementation == "xla":  # XLA knows how to batch its own
+        return _flat(options, batch, x, w)
+    run = custom_vmap(partial(_flat, options, batch))
+
+    def rule(size: int, mapped: Any, x: jax.Array, w: Arrays) -> tuple[jax.Array, bool]:
+        x_mapped, w_mapped = mapped
+        if not any(jax.tree.leaves(w_mapped)):  # more rows: the weight is still read once
+            out = _batched(options, batch, jnp.moveaxis(x, 0, batch), w)
+            return jnp.moveaxis(out, batch, 0), True
+        every = lambda a, is_mapped: a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
+        return _batched(options, batch + 1, every(x, x_mapped), jax.tree.map(every, w, w_mapped)), True
+
+    run.def_vmap(rule)
+    return run(x, w)
+
+
+def _flat(options: Options, batch: int, x: jax.Array, w: Arrays) -> jax.Array:
+    """The product with its axes put together: `[B, M, K]` by `[B, N, ...]`, or without B."""
+    lead, rows, k = x.shape[:batch], x.shape[batch:-1], x.shape[-1]
+    front = (math.prod(lead),) if batch else ()
+    together = lambda a: a.reshape(*front, *a.shape[batch:])
+    flat = x.reshape(*front, math.prod(rows), k)
+    planes, scale, zero_point = jax.tree.map(together, w)
+    static: dict[str, Any] = options._asdict()
+    if static.pop("implementation") == "xla":
+        kept = {name: static[name] for name in ("element", "group_size", "out_dtype")}
+        out = xla.quantized_matmul(flat, planes, scale, zero_point, **kept)
+    else:
+        out = triton.quantized_matmul(flat, planes, scale, zero_point, **static)
+    return out.reshape(*lead, *rows, out.shape[-1])

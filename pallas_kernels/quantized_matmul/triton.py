@@ -1,0 +1,392 @@
+"""The product through Pallas' Triton backend: the codes are all of the weight that is read from memory.
+
+The weight is the left operand of the tensor core, upcast in registers on the way from shared memory; a row of
+activations is a column of the right one. So few rows cost little, and no upcast weight is written anywhere. A word of
+codes holds several elements that lie side by side in a row (four of 4 bits in 16). They are not put in a row again: the
+activations are parted instead, once, into the elements of the first lane, of the second, and so on, and the products of
+the lanes are added:
+
+    sum_k w_k x_k  =  sum_l sum_j w_(j L + l) x_(j L + l)
+
+Where one step of the loop lies within a group, the scale multiplies the sums, in float32. Else (groups of 16 and 32) it
+multiplies the upcast elements, as if the weight had been dequantized in the dtype of the activations.
+
+float32 activations are parted into three bfloat16 numbers that add up to them, as three times the rows: codes are exact
+in bfloat16, so the product is one of float32.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import compat
+from pallas_kernels.blocks import indices, load, mask, program
+from pallas_kernels.gpus import gpu
+from pallas_kernels.quantized_matmul import upcast
+from pallas_kernels.quantized_matmul.elements import Element, element, plane_widths
+from pallas_kernels.quantized_matmul.tilings import MIN_LANE_K, Problem, Tiling, choose
+
+
+class Weight(NamedTuple):
+    """What is known of the weight before the program runs.
+
+    Attributes:
+      name: of the element.
+      group: elements that share a scale; 0 where a row does.
+      k: elements of a row.
+      word_bytes: bytes of a word of the narrowest plane.
+    """
+
+    name: str
+    group: int
+    k: int
+    word_bytes: int = 1
+
+    @property
+    def element(self) -> Element:
+        return element(self.name)
+
+    @property
+    def lanes(self) -> int:
+        return upcast.lanes(self.element.bits, self.word_bytes)
+
+
+def word_bytes(name: str, group: int, k: int, block_k: int | None, dtype: Any) -> int:
+    """Words of 2 bytes are loaded 16 bytes at a time and upcast two by two; 1 where groups or blocks are too small."""
+    bits, least = element(name).bits, MIN_LANE_K * upcast.lanes(element(name).bits, 2)
+    if bits not in (2, 4) or k * bits % 16 or (block_k is not None and block_k < least):
+        return 1
+    part = group & -group
+    # In float32 a step must lie within a group.
+    return 2 if group == 0 or part >= least or (part == group and dtype != jnp.float32) else 1
+
+
+def why_not(name: str, group_size: int | None, k: int, n: int, dtype: Any) -> str | None:
+    """Why this kernel can't do a product; None where it can."""
+    e = element(name)
+    group = 0 if group_size is None or group_size >= k else group_size
+    lanes = upcast.lanes(e.bits, word_bytes(name, group, k, None, dtype))
+    if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
+        return f"activations are {jnp.dtype(dtype).name}, not bfloat16, float16 or float32"
+    if 0 in (k, n):
+        return "an empty weight"
+    if len(plane_widths(e.bits)) > 1 and k % 32:
+        return f"codes of {e.bits} bits lie in planes, whose words need a row of a multiple of 32 elements, not {k}"
+    if group:
+        part = group & -group  # the largest power of two in it
+        if part < MIN_LANE_K * lanes and group != part:
+            return f"groups of {group} are cut at no power of two of {MIN_LANE_K * lanes} elements"
+        if group % lanes:
+            return f"groups of {group} end within a word of {lanes} codes"
+        if e.kind == "table" and dtype == jnp.float32 and part < MIN_LANE_K * lanes:
+            return "a table of float32 values in small groups"
+    return None
+
+
+def quantized_matmul(
+    x: jax.Array,
+    planes: tuple[jax.Array, ...],
+    scale: jax.Array,
+    zero_point: jax.Array | None = None,
+    *,
+    element: str,
+    group_size: int | None = None,
+    out_dtype: Any = None,
+    device: str = "h100",
+    tiling: Tiling | None = None,
+    packed: bool = False,
+    interpret: bool = False,
+) -> jax.Array:
+    """`x` times the transposed weight, as `reference.quantized_matmul` says.
+
+    Args:
+      x: `[M, K]` or `[B, M, K]`; bfloat16, float16 or float32.
+      planes: the codes, uint8 `[N, bytes]` for each plane (`reference.pack`), or `[B, N, bytes]` where x has a B.
+      scale: `[N (or 1), blocks]` behind the same B; float32, bfloat16, float16, float8_e8m0fnu or float8_e4m3fn.
+      zero_point: the shape of `scale`, uint8 or float, or None.
+      element, group_size: how the weight is stored.
+      out_dtype: of the result; that of x by default.
+      device: the GPU that tilings are chosen for; the program runs on any.
+      tiling: to choose it oneself.
+      packed: upcast 2- and 4-bit integers two at a time, by `upcast.packed_asm`, where that can be. No interpreter runs
+        it: what is tested is the text of its PTX, instruction by instruction.
+      interpret: run on the CPU, slowly, to see that the numbers are right; without `packed`.
+
+    Returns:
+      `[M, N]` or `[B, M, N]`.
+
+    Raises:
+      ValueError: `why_not` has a reason.
+    """
+    k, n = x.shape[-1], planes[0].shape[-2]
+    reason = why_not(element, group_size, k, n, x.dtype)
+    if reason is not None:
+        raise ValueError(f"quantized_matmul: no Triton kernel for {element} x {x.dtype}: {reason}")
+    group = 0 if group_size is None or group_size >= k else group_size
+    words = word_bytes(element, group, k, tiling.block_k if tiling else None, x.dtype)
+    weight = Weight(element, group, k, words)
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    scale = jnp.broadcast_to(scale, (*planes[0].shape[:-1], scale.shape[-1]))
+    if zero_point is not None:
+        zero_point = jnp.broadcast_to(zero_point, scale.shape)
+    run = partial(
+        _run, planes=planes, scale=scale, zero_point=zero_point, device=device, tiling=tiling,
+        packed=packed and not interpret, interpret=interpret,
+    )  # fmt: skip
+    if 0 in x.shape[:-1]:
+        return jnp.zeros((*x.shape[:-1], n), out_dtype)
+    if x.dtype != jnp.float32:
+        return run(x, weight=weight, out_dtype=out_dtype)
+    parts = _three_parts(x)
+    total = _sum_parts(run(parts, weight=weight, out_dtype=jnp.dtype("float32")), x.shape[-2])
+    if weight.element.kind == "table":  # its values are no bfloat16 numbers: the rest of each is one more product
+        rest = run(parts, weight=weight, out_dtype=jnp.dtype("float32"), rest=True)
+        total = total + _sum_parts(rest, x.shape[-2])
+    return total.astype(out_dtype)
+
+
+def _three_parts(x: jax.Array) -> jax.Array:
+    """float32 `[..., M, K]` as bfloat16 `[..., 3 M, K]`, three rows that add up to one."""
+
+    # By bits: XLA may take x - x.astype(bfloat16).astype(float32) for nothing.
+    def top(x: jax.Array) -> jax.Array:
+        bits = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFF0000)
+        return lax.bitcast_convert_type(bits, jnp.float32)
+
+    first = top(x)
+    second = top(x - first)
+    third = x - first - second
+    return jnp.concatenate([p.astype(jnp.bfloat16) for p in (first, second, third)], axis=-2)
+
+
+def _sum_parts(out: jax.Array, m: int) -> jax.Array:
+    first, second, third = (lax.slice_in_dim(out, i * m, (i + 1) * m, axis=-2) for i in range(3))
+    return third + second + first
+
+
+def _run(
+    x: jax.Array,
+    planes: tuple[jax.Array, ...],
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    weight: Weight,
+    out_dtype: Any,
+    device: str,
+    tiling: Tiling | None,
+    packed: bool,
+    interpret: bool,
+    rest: bool = False,
+) -> jax.Array:
+    """The product of 16-bit activations."""
+    batched = x.ndim == 3
+    m, n, e = x.shape[-2], planes[0].shape[-2], weight.element
+    p = Problem(x.shape[0] if batched else 1, m, n, weight.k, e.bits, weight.lanes, weight.group or weight.k)
+    t = tiling or choose(p, device, gpu(device))
+    words = _words(planes, weight)
+    parted = _part(x, weight, words[0].shape[-1])
+    scales = [_stored(scale)] + ([] if zero_point is None else [_zero(zero_point)])
+    if not weight.group:
+        scales = [jnp.squeeze(s, -1) for s in scales]
+    how = dict(weight=weight, t=t, scale_dtype=scale.dtype.name, rest=rest, packed=packed)
+    call = partial(_call, how=how, interpret=interpret)
+    dtype = jnp.dtype("float32") if t.split_k > 1 else out_dtype
+    one = lambda x, words, scales: call(x, words, scales, out_dtype=dtype)
+    with compat.lowering_for(gpu(device).kind):
+        out = (jax.vmap(one) if batched else one)(parted, words, scales)
+    return jnp.sum(out, axis=-3).astype(out_dtype) if t.split_k > 1 else jnp.squeeze(out, -3)
+
+
+def _words(planes: tuple[jax.Array, ...], w: Weight) -> list[jax.Array]:
+    """The planes as words of equal number: a byte of the narrowest, 2 or 4 bytes of wider ones. Moves nothing."""
+
+    def view(plane: jax.Array, width: int) -> jax.Array:
+        size = width * w.lanes // 8
+        if size == 1:
+            return plane
+        word = {2: jnp.uint16, 4: jnp.uint32}[size]
+        return lax.bitcast_convert_type(plane.reshape(*plane.shape[:-1], -1, size), word)
+
+    return [view(plane, width) for plane, width in zip(planes, plane_widths(w.element.bits), strict=True)]
+
+
+def _part(x: jax.Array, w: Weight, words: int) -> jax.Array:
+    """`[..., M, K]` as `[..., lanes M, words]`: the elements of the first lane, then those of the second, and so on."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, words * w.lanes - x.shape[-1])])
+    lanes = jnp.moveaxis(x.reshape(*x.shape[:-1], words, w.lanes), -1, -3)
+    return lanes.reshape(*x.shape[:-2], w.lanes * x.shape[-2], words)
+
+
+def _stored(scale: jax.Array) -> jax.Array:
+    """Scales of 8 bits as bytes: Triton has no such dtypes."""
+    return lax.bitcast_convert_type(scale, jnp.uint8) if scale.dtype.itemsize == 1 else scale
+
+
+def _zero(zero: jax.Array) -> jax.Array:
+    return zero if zero.dtype in (jnp.uint8, jnp.float32) else zero.astype(jnp.float32)
+
+
+def _call(
+    x: jax.Array,
+    words: list[jax.Array],
+    scales: list[jax.Array],
+    *,
+    how: dict[str, Any],
+    out_dtype: Any,
+    interpret: bool,
+) -> jax.Array:
+    """`[lanes M, words]` -> `[split_k, M, N]`."""
+    weight, t = how["weight"], how["t"]
+    m, n = x.shape[0] // weight.lanes, words[0].shape[0]
+    kernel = partial(_kernel, planes=len(words), **how)
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((t.split_k, m, n), out_dtype),
+        grid=(pl.cdiv(m, t.block_m) * pl.cdiv(n, t.block_n), t.split_k),
+        compiler_params=compat.CompilerParams(num_warps=t.warps, num_stages=t.stages),
+        interpret=interpret,
+        name=f"quantized_matmul_{weight.name}",
+    )(x, *words, *scales)
+
+
+# --- the kernel ---
+
+
+def _kernel(
+    x_ref: Any, *refs: Any, planes: int, weight: Weight, t: Tiling, scale_dtype: str, rest: bool, packed: bool
+) -> None:
+    *ins, out_ref = refs
+    word_refs, scale_ref, zero_ref = ins[:planes], ins[planes], (ins[planes + 1] if len(ins) > planes + 1 else None)
+    lanes, words = weight.lanes, x_ref.shape[1]
+    m = x_ref.shape[0] // lanes
+    n = word_refs[0].shape[0]
+    dtype = x_ref.dtype
+    row, col = program(m, n, t.block_m, t.block_n)
+    rows_m, rows_n = pl.ds(row * t.block_m, t.block_m), pl.ds(col * t.block_n, t.block_n)
+    width = t.block_k // lanes
+    steps = pl.cdiv(words, width)
+    part = pl.cdiv(steps, t.split_k)
+    first = pl.program_id(1) * part
+    count = part if steps % part == 0 and steps // part == t.split_k else jnp.minimum(part, steps - first)
+    scaler = _Scaler(scale_ref, zero_ref, weight, t, scale_dtype, rows_n, n)
+
+    def step(i: Any, acc: jax.Array) -> jax.Array:
+        at = first + i
+        columns = pl.ds(at * width, width)
+        code_mask, x_mask = mask((rows_n, n), (columns, words)), mask((rows_m, m), (columns, words))
+        loaded = tuple(load(r, (rows_n, columns), code_mask) for r in word_refs)
+        scale, zero = scaler.read(at, dtype)
+        total = None
+        for lane in range(lanes):
+            x = load(x_ref, (pl.ds(rows_m.start + lane * m, t.block_m), columns), x_mask)
+            w = _values(loaded, lane, zero, weight, dtype, rest, packed)
+            if scaler.inside:
+                w = _times(w, scale, dtype)
+            product = compat.dot(w, x.T)
+            total = product if total is None else total + product
+        assert total is not None
+        return acc + (total * scale if scaler.on_sums else total)
+
+    acc = lax.fori_loop(0, count, step, jnp.zeros((t.block_n, t.block_m), jnp.float32))
+    acc = acc * scaler.last()
+    where = (pl.program_id(1), rows_m, rows_n)
+    plt.store(out_ref.at[where], acc.T.astype(out_ref.dtype), mask=mask((rows_m, m), (rows_n, n)))
+
+
+def _values(
+    words: tuple[jax.Array, ...], lane: int, zero: Any, w: Weight, dtype: Any, rest: bool, packed: bool
+) -> jax.Array:
+    """The elements of a lane, without their scale; of floats up to `upcast.small_float_unit`."""
+    e = w.element
+    if packed and e.kind == "int" and words[0].dtype == jnp.uint16 and (zero is None or zero.dtype == dtype):
+        return upcast.packed_integers(words[0], e.bits, lane, zero, dtype)
+    codes = upcast.lane_codes(words, e.bits, lane)
+    if e.kind == "int":
+        return upcast.integers(codes, e.bits, zero, dtype)
+    if e.kind == "float":
+        return upcast.small_floats(codes, e, dtype)
+    near = np.asarray(e.table, np.float32).astype(dtype).astype(np.float32)
+    return upcast.table(codes, tuple(np.asarray(e.table, np.float32) - near) if rest else tuple(near), dtype)
+
+
+def _times(w: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """Elements times scales, rounded once to `dtype`."""
+    if scale.dtype == dtype:
+        return w * scale
+    return (w.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
+
+
+class _Scaler(NamedTuple):
+    """Reads scales and zero points for the steps of the loop."""
+
+    scale_ref: Any
+    zero_ref: Any
+    weight: Weight
+    t: Tiling
+    scale_dtype: str
+    rows: Any
+    n: int
+
+    @property
+    def inside(self) -> bool:
+        """Scales multiply the elements: a step spans several groups."""
+        return 0 < self.weight.group < self.t.block_k
+
+    @property
+    def on_sums(self) -> bool:
+        """Scales multiply the sums of a step."""
+        return self.weight.group >= self.t.block_k
+
+    def read(self, at: Any, dtype: Any) -> tuple[Any, Any]:
+        """Scale and zero point of step `at`, broadcasting against the sums or the elements; None without."""
+        zero_dtype = None
+        if self.zero_ref is not None:
+            zero_dtype = jnp.float32 if self.zero_ref.dtype == jnp.float32 else dtype
+        if not self.inside:
+            block = at * self.t.block_k // self.weight.group if self.weight.group else 0
+            scale = _decode_scale(self._column(self.scale_ref, block), self.scale_dtype) if self.weight.group else None
+            zero = None if zero_dtype is None else self._column(self.zero_ref, block).astype(zero_dtype)
+            return scale, zero
+        scale = _decode_scale(self._spread(self.scale_ref, at), self.scale_dtype, dtype)
+        zero = None if zero_dtype is None else self._spread(self.zero_ref, at).astype(zero_dtype)
+        return scale, zero
+
+    def last(self) -> jax.Array | float:
+        """What multiplies the sums at the end: the scale of the row, and the unit of small floats."""
+        e = self.weight.element
+        unit = 1 / upcast.small_float_unit(e) if e.kind == "float" else 1.0
+        if self.weight.group:
+            return unit
+        return _decode_scale(self._column(self.scale_ref, 0), self.scale_dtype) * unit
+
+    def _column(self, ref: Any, block: Any) -> jax.Array:
+        ends = None if self.n % self.rows.size == 0 else (indices(self.rows) < self.n)
+        return load(ref, (self.rows, block) if self.weight.group else (self.rows,), ends)[:, None]
+
+    def _spread(self, ref: Any, at: Any) -> jax.Array:
+        """`[block_n, block_k / lanes]`: that of each element of a lane."""
+        count, lanes = self.t.block_k // self.weight.group, self.weight.lanes
+        where = pl.ds(at * count, count)
+        per_block = load(ref, (self.rows, where), mask((self.rows, self.n), (where, ref.shape[1])))
+        whole = (self.rows.size, count, self.weight.group // lanes)
+        return jnp.broadcast_to(per_block[:, :, None], whole).reshape(self.rows.size, -1)
+
+
+def _decode_scale(scale: jax.Array, stored: str, dtype: Any = jnp.float32) -> jax.Array:
+    """Scales as numbers: float32 for sums; for elements `dtype`, where that holds them exactly, else float32."""
+    if stored == "float8_e8m0fnu":
+        if dtype == jnp.bfloat16:
+            return lax.bitcast_convert_type(scale.astype(jnp.uint16) << np.uint16(7), jnp.bfloat16)
+        return lax.bitcast_convert_type(scale.astype(jnp.uint32) << np.uint32(23), jnp.float32)
+    if stored == "float8_e4m3fn":
+        e = element("fp8_e4m3")
+        number = upcast.small_floats(scale.astype(jnp.uint16), e, jnp.float16).astype(jnp.float32)
+        return (number * np.float32(1 / upcast.small_float_unit(e))).astype(
+            dtype if dtype == jnp.bfloat16 else jnp.float32
+        )
+    return scale if scale.dtype == dtype else scale.astype(jnp.float32)

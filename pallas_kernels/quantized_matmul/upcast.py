@@ -1,0 +1,145 @@
+"""Codes to floats by moving bits: what a kernel does to each element, as functions of arrays.
+
+A 16-bit float with a fixed exponent counts in its mantissa: the bits of 128 or'ed with u (0 <= u < 128) are the
+bfloat16 128 + u, those of 1024 with u (u < 1024) the float16 1024 + u. So an upcast is an `or` and a subtraction,
+exact, and the zero point (or the shift of two's complement) comes with the subtraction. A small float is a float16
+whose bits are put in their places, up to a power of two, subnormal numbers included.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.quantized_matmul.elements import Element, plane_widths
+
+_MAGIC = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}  # bits, value
+
+
+def lanes(bits: int, word_bytes: int = 1) -> int:
+    """Codes that lie in one word of every plane: as many as `word_bytes` of the narrowest plane hold."""
+    return 8 * word_bytes // plane_widths(bits)[-1]
+
+
+def lane_codes(words: tuple[jax.Array, ...], bits: int, lane: int) -> jax.Array:
+    """The codes number `lane` of each word, uint16: `words` has one array for each plane, uint8, uint16 or uint32.
+
+    The word of a plane of width w holds the same number of parts of w bits as that of every other plane.
+    """
+    out, left = None, bits
+    for width, word in zip(plane_widths(bits), words, strict=True):
+        left -= width
+        shift, part = lane * width, word
+        if word.dtype.itemsize * 8 > width:
+            part = word >> np.asarray(shift, word.dtype)
+            if shift + width < word.dtype.itemsize * 8:
+                part = part & np.asarray(2**width - 1, word.dtype)
+        part = part.astype(jnp.uint16) << np.uint16(left) if left else part.astype(jnp.uint16)
+        out = part if out is None else out | part
+    assert out is not None
+    return out
+
+
+def integers(codes: jax.Array, bits: int, zero: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """Codes of integers as floats, less the zero point; exact where the zero point is one of the codes.
+
+    Args:
+      codes: uint16.
+      bits: of a code.
+      zero: the zero point, broadcasting against `codes`, float of `dtype` for integers, float32 for numbers between
+        them; None for codes in two's complement.
+      dtype: bfloat16 or float16.
+    """
+    magic, value = _MAGIC[jnp.dtype(dtype).name]
+    half = 2 ** (bits - 1)
+    if zero is not None and zero.dtype == jnp.float32:
+        return (codes.astype(jnp.float32) - zero).astype(dtype)
+    if 2**bits > value:  # a byte does not fit beside the bits of 128
+        return _bytes_to_bfloat16(codes, zero)
+    if zero is None:
+        codes, offset = codes ^ np.uint16(half), jnp.asarray(value + half, dtype)
+    else:
+        offset = zero + jnp.asarray(value, dtype)
+    return lax.bitcast_convert_type(codes | np.uint16(magic), dtype) - offset
+
+
+def _bytes_to_bfloat16(codes: jax.Array, zero: jax.Array | None) -> jax.Array:
+    if zero is None:
+        return codes.astype(jnp.int8).astype(jnp.bfloat16)
+    return codes.astype(jnp.float32).astype(jnp.bfloat16) - zero
+
+
+def packed_asm(bits: int, lane: int, signed: bool, dtype: jnp.dtype) -> str:
+    """`integers` of lane `lane` of two 16-bit words in one register, as PTX: five instructions for two elements.
+
+    $0 is the two floats, $1 the two words, and without `signed` $2 the two offsets that are added: less the zero point
+    and less 128 (bfloat16) or 1024 (float16).
+    """
+    magic, value = _MAGIC[jnp.dtype(dtype).name]
+    twice = lambda u: f"0x{int(u) * 0x10001:08x}"
+    bits_of = lambda number: np.asarray(number, np.float32).astype(jnp.dtype(dtype)).view(np.uint16)
+    half, kind = 2 ** (bits - 1), {"bfloat16": "bf16x2", "float16": "f16x2"}[jnp.dtype(dtype).name]
+    lines = [
+        ".reg .b32 t, one, offset",
+        f"shr.b32 t, $1, {lane * bits}",
+        f"and.b32 t, t, {twice(2**bits - 1)}",
+        *([f"xor.b32 t, t, {twice(half)}"] if signed else []),
+        f"or.b32 t, t, {twice(magic)}",
+        f"mov.b32 one, {twice(bits_of(1.0))}",
+        f"mov.b32 offset, {twice(bits_of(-value - half)) if signed else '$2'}",
+        f"fma.rn.{kind} $0, t, one, offset",  # compute capability 8.0 has no sum of two bfloat16
+    ]
+    return "{ " + "; ".join(lines) + "; }"
+
+
+def packed_integers(words: jax.Array, bits: int, lane: int, zero: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """`integers(lane_codes(...))` by `packed_asm`: on a GPU only.
+
+    Args:
+      words: uint16, an even number along the last axis.
+      bits, lane: of a code (at most 7 bits for bfloat16), and its place in the word.
+      zero: as in `integers`, one of the codes, in `dtype`; or None.
+      dtype: bfloat16 or float16.
+    """
+    args = [words]
+    if zero is not None:
+        args.append(jnp.broadcast_to(jnp.asarray(-_MAGIC[jnp.dtype(dtype).name][1], dtype) - zero, words.shape))
+    [out] = plt.elementwise_inline_asm(
+        packed_asm(bits, lane, zero is None, dtype),
+        args=args,
+        constraints="=r" + ",r" * len(args),
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, dtype)],
+    )
+    return out
+
+
+def small_floats(codes: jax.Array, e: Element, dtype: jnp.dtype) -> jax.Array:
+    """Codes of floats of 4, 6 or 8 bits, times `small_float_unit(e)`. The NaN of e4m3 reads as 480.
+
+    Args:
+      codes: uint16.
+      e: the element.
+      dtype: bfloat16 or float16.
+    """
+    size = (codes & np.uint16(2 ** (e.bits - 1) - 1)) << np.uint16(10 - e.mantissa)
+    sign = (codes >> np.uint16(e.bits - 1)) << np.uint16(15)
+    half = lax.bitcast_convert_type(size | sign, jnp.float16)
+    return half if dtype == jnp.float16 else half.astype(jnp.float32).astype(dtype)
+
+
+def small_float_unit(e: Element) -> float:
+    """The power of two that `small_floats` leaves in its result."""
+    return 2.0 ** (e.bias - 15)
+
+
+def table(codes: jax.Array, values: tuple[float, ...], dtype: jnp.dtype) -> jax.Array:
+    """The entries of a table of 2**b values, by b levels of selects: no memory is read."""
+    level = [jnp.asarray(v, dtype) for v in values]
+    bit = 1
+    while len(level) > 1:
+        odd = (codes & np.uint16(bit)) != np.uint16(0)
+        level = [jnp.where(odd, b, a) for a, b in zip(level[::2], level[1::2])]
+        bit *= 2
+    return level[0]

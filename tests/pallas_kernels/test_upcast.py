@@ -1,0 +1,126 @@
+"""The bit tricks of the kernels, on every code there is: the arithmetic that no simulator has to run."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.quantized_matmul import reference, triton, upcast
+from pallas_kernels.quantized_matmul.elements import ELEMENTS, element, plane_widths, values
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def every_code(bits: int) -> jnp.ndarray:
+    return jnp.arange(2**bits, dtype=jnp.uint16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_integers_are_exact_for_every_code_and_zero_point(bits, dtype):
+    codes = every_code(bits)
+    np.testing.assert_array_equal(
+        upcast.integers(codes, bits, None, dtype).astype(jnp.float32), values(f"int{bits}", signed=True)
+    )
+    zero = np.arange(2**bits, dtype=np.float32)[:, None]
+    got = upcast.integers(codes[None], bits, jnp.asarray(zero).astype(dtype), dtype)
+    np.testing.assert_array_equal(got.astype(jnp.float32), np.arange(2**bits) - zero)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_zero_point_between_codes_is_rounded_once(dtype):
+    zero = jnp.asarray([[0.3], [7.77], [14.5]], jnp.float32)
+    got = upcast.integers(every_code(4)[None], 4, zero, dtype)
+    assert got.dtype == dtype
+    want = (np.arange(16, dtype=np.float32) - np.asarray(zero)).astype(np.dtype(dtype))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [n for n, e in ELEMENTS.items() if e.kind == "float"])
+def test_small_floats_are_exact_up_to_their_unit_subnormal_numbers_included(name, dtype):
+    e, want = element(name), values(name, True)
+    finite = np.isfinite(want)
+    got = np.asarray(upcast.small_floats(every_code(e.bits), e, dtype), np.float32)[finite]
+    np.testing.assert_array_equal(got / upcast.small_float_unit(e), want[finite])
+
+
+def test_a_table_is_looked_up_in_every_dtype():
+    table = element("nf4").table
+    for dtype in (ml_dtypes.bfloat16, np.float16):
+        near = tuple(np.asarray(table, np.float32).astype(dtype).astype(np.float32))
+        got = upcast.table(every_code(4), near, jnp.dtype(dtype))
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(near, np.float32))
+
+
+@pytest.mark.parametrize("bits, word_bytes", [*((b, 1) for b in range(2, 9)), (4, 2), (2, 2)])
+def test_lanes_of_words_are_the_codes(bits, word_bytes):
+    """Every code is found in its word and lane: lane l of word j is code j * lanes + l."""
+    codes = np.random.default_rng(0).integers(0, 2**bits, (3, 64)).astype(np.uint8)
+    name = f"int{bits}"
+    words = triton._words(reference.pack(jnp.asarray(codes), bits), triton.Weight(name, 0, 64, word_bytes))
+    assert len({w.shape for w in words}) == 1
+    lanes = [upcast.lane_codes(tuple(words), bits, lane) for lane in range(upcast.lanes(bits, word_bytes))]
+    np.testing.assert_array_equal(np.stack(lanes, -1).reshape(3, 64), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [1, 7, 32, 33])
+def test_unpack_inverts_pack_and_no_bit_is_wasted(bits, count):
+    codes = jnp.asarray(np.random.default_rng(1).integers(0, 2**bits, (2, count)), jnp.uint8)
+    planes = reference.pack(codes, bits)
+    assert [p.shape[-1] for p in planes] == [-(-count * w // 8) for w in plane_widths(bits)]
+    np.testing.assert_array_equal(reference.unpack(planes, bits, count), codes)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_layout_is_that_of_the_quantized_weights(bits):
+    """What `jquant.core.packing` stores is read as it is."""
+    packing = pytest.importorskip("jquant.core.packing")
+    codes = jnp.asarray(np.random.default_rng(2).integers(0, 2**bits, (2, 37)), jnp.uint8)
+    for ours, theirs in zip(reference.pack(codes, bits), packing.pack(codes, bits), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+# --- the inline PTX, instruction by instruction ---
+
+
+def run_ptx(text: str, operands: dict[str, np.ndarray]) -> np.ndarray:
+    """Runs the few instructions that `packed_asm` has, on arrays of 32-bit registers. Returns $0."""
+    registers = {name: np.asarray(value, np.uint32) for name, value in operands.items()}
+    read = lambda name: np.uint32(int(name, 0)) if name[0].isdigit() else registers[name]
+
+    def fma(kind, a, b, c):
+        halves = lambda r: np.ascontiguousarray(r).view(kind).astype(np.float64)  # exact, then rounded once
+        a, b, c = np.broadcast_arrays(a, b, c)
+        return (halves(a) * halves(b) + halves(c)).astype(np.float32).astype(kind).view(np.uint32)
+
+    steps = {
+        "shr.b32": lambda a, b: a >> b, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
+        "xor.b32": lambda a, b: a ^ b, "mov.b32": lambda a: a,
+        "fma.rn.bf16x2": lambda *a: fma(ml_dtypes.bfloat16, *a), "fma.rn.f16x2": lambda *a: fma(np.float16, *a),
+    }  # fmt: skip
+    for line in filter(None, (part.strip() for part in text.strip("{} ").split(";"))):
+        if not line.startswith(".reg"):
+            op, rest = line.split(" ", 1)
+            to, *sources = (name.strip() for name in rest.split(","))
+            registers[to] = steps[op](*map(read, sources))
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_packed_upcast_is_the_plain_one_for_every_word(bits, dtype):
+    words = np.arange(2**16, dtype=np.uint16)
+    pairs = np.stack([words, words[::-1]], -1).view(np.uint32)[:, 0]
+    both = jnp.asarray(pairs.view(np.uint16))
+    for lane in range(16 // bits):
+        codes = upcast.lane_codes((both,), bits, lane)
+        got = run_ptx(upcast.packed_asm(bits, lane, True, dtype), {"$1": pairs}).view(np.dtype(dtype))
+        np.testing.assert_array_equal(got, upcast.integers(codes, bits, None, dtype))
+        for zero in (0, 1, 2**bits - 1):
+            z = jnp.asarray(zero, jnp.float32).astype(dtype)
+            offset = np.asarray(jnp.asarray(-{2: 128, 4: 1024}[2 if dtype == jnp.bfloat16 else 4], dtype) - z)
+            twice = np.full(pairs.shape, int(offset.view(np.uint16)) * 0x10001, np.uint32)
+            got = run_ptx(upcast.packed_asm(bits, lane, False, dtype), {"$1": pairs, "$2": twice}).view(np.dtype(dtype))
+            np.testing.assert_array_equal(got, upcast.integers(codes, bits, z, dtype))
