@@ -1,35 +1,34 @@
-"""The key/value cache as a plain pytree of static shapes: `{"length": int32 [], "layers": {"0": {"k", "v"}, ...}}`.
-
-The decoder touches a layer's entry only through `append` and `read`, so another format of cache is another pair of
-these. Heads come before positions: the products of attention then read keys and values without a transposed copy.
-"""
+"""The key/value cache of a decoder: `{"length": int32 [batch], "layers": {"0": KVCache, ...}}`, a pytree of any format."""
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
+from jquant import kv_cache
+from jquant.kv_cache import CacheFormat
 from jquant.models.config import Config
 
 
-def init_cache(config: Config, batch: int, length: int, dtype: Any = "float32") -> dict[str, Any]:
-    """An empty cache for `length` positions; keys and values are [batch, num_kv_heads, length, head_dim]."""
-    shape = (batch, config.num_kv_heads, length, config.head_dim)
-    layers = {str(i): {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for i in range(config.num_layers)}
-    return {"length": jnp.zeros((), jnp.int32), "layers": layers}
+def init_cache(
+    config: Config, batch: int, length: int, format: str | CacheFormat = "float32", **settings: Any
+) -> dict[str, Any]:
+    """An empty cache for `length` positions of each of `batch` sequences.
+
+    Args:
+      config: the model's.
+      batch, length: its size.
+      format: how keys and values are stored: "float32", "int8", "int4-g64-asym-rot", ...; see `kv_cache.parse`.
+      settings: of `kv_cache.init`, for every layer; one that is a dict by layer ("0", "1", ...) gives each its own
+        (static scales, centers).
+    """
+
+    def layer(name: str) -> kv_cache.KVCache:
+        own = {k: v[name] if isinstance(v, dict) else v for k, v in settings.items()}
+        return kv_cache.init(batch, length, config.num_kv_heads, config.head_dim, format, **own)
+
+    layers = {str(i): layer(str(i)) for i in range(config.num_layers)}
+    # An array of its own: two leaves of one buffer can't both be donated.
+    return {"length": layers["0"].length + 0, "layers": layers}
 
 
 def cache_length(cache: dict[str, Any]) -> int:
-    """The number of positions a cache has room for (static)."""
-    return int(cache["layers"]["0"]["k"].shape[-2])
-
-
-def append(entry: dict[str, jax.Array], k: jax.Array, v: jax.Array, start: jax.Array | int) -> dict[str, jax.Array]:
-    """Writes k and v [batch, num_kv_heads, tokens, head_dim] at the positions from `start` on."""
-    new = {"k": k, "v": v}
-    return {n: jax.lax.dynamic_update_slice_in_dim(entry[n], new[n].astype(entry[n].dtype), start, -2) for n in new}
-
-
-def read(entry: dict[str, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """All keys and values of a layer, [batch, num_kv_heads, length, head_dim]; positions not yet written are zero."""
-    return entry["k"].astype(dtype), entry["v"].astype(dtype)
+    """The number of positions a sequence has room for (static)."""
+    return int(cache["layers"]["0"].capacity)
