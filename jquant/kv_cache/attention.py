@@ -80,8 +80,8 @@ def attend(
       sink_logits: `[heads]`, a learned logit beside the scores that takes its share of the softmax (gpt-oss).
 
     Returns:
-      `[batch, tokens, heads, head_dim]` in the dtype of `q`. Zeros for a query that sees nothing, NaN for a sequence that
-      did not fit into the cache.
+      `[batch, tokens, heads, head_dim]` in the dtype of `q`. Zeros for a query that sees nothing, NaN for a sequence
+      that did not fit into the cache.
 
     Raises:
       CacheError: shapes that do not fit, or a ring that is too short for the window.
@@ -110,19 +110,20 @@ def _check(q: jax.Array, cache: KVCache, kv_heads: int, window: int | None, sink
     batch, tokens, heads, dim = q.shape
     if batch != cache.length.shape[0] or dim != cache.head_dim or heads % kv_heads:
         raise CacheError(
-            f"attend: queries {q.shape} must be [batch {cache.length.shape[0]}, tokens, a multiple of {kv_heads} heads, "
-            f"head_dim {cache.head_dim}]"
+            f"attend: queries {q.shape} must be [batch {cache.length.shape[0]}, tokens, a multiple of {kv_heads} "
+            f"heads, head_dim {cache.head_dim}]"
         )
     if window is not None and window < 1:
         raise CacheError(f"attend: window {window} must be at least 1, or None")
     if cache.ring and window is not None and cache.capacity < window + tokens - 1:
         raise CacheError(
-            f"attend: a ring of {cache.capacity} positions has lost what the first of {tokens} queries sees through a window "
-            f"of {window}; give init length >= {window + tokens - 1}, or append fewer tokens at once"
+            f"attend: a ring of {cache.capacity} positions has lost what the first of {tokens} queries sees through a "
+            f"window of {window}; give init length >= {window + tokens - 1}, or append fewer tokens at once"
         )
     if cache.ring and sink_tokens > cache.format.sinks:
         raise CacheError(
-            f"attend: a ring overwrites the first {sink_tokens} tokens; keep them in float: sinks={sink_tokens} in the format"
+            f"attend: a ring overwrites the first {sink_tokens} tokens; keep them in float: sinks={sink_tokens} in the "
+            "format"
         )
 
 
@@ -184,7 +185,7 @@ def _slice(store: Store, table: jax.Array | None, start: jax.Array, size: int) -
 
 
 def _float_parts(cache: KVCache) -> list[tuple[Floats, jax.Array]]:
-    """Sinks and window, and the positions `[B, slots]` of what they hold; -1 for what is read elsewhere, or not at all."""
+    """Sinks and window, and the positions `[B, slots]` of what they hold; -1 for what is not read from there."""
     parts = []
     if cache.sinks is not None:
         at = jnp.arange(cache.format.sinks, dtype=jnp.int32)

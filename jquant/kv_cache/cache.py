@@ -108,8 +108,8 @@ def init(
         raise CacheError(f"init: sizes must be positive, got {batch=}, {length=}, {kv_heads=}, {head_dim=}, {pages=}")
     if len({c.tokens for c in (fmt.keys, fmt.values)} | {1}) > 2 or step % fmt.tokens:
         raise CacheError(
-            f"init: {fmt} encodes {fmt.keys.tokens} and {fmt.values.tokens} tokens together; both must be the same, or 1, "
-            f"and divide the pages of {page_size}"
+            f"init: {fmt} encodes {fmt.keys.tokens} and {fmt.values.tokens} tokens together; both must be the same, or "
+            f"1, and divide the pages of {page_size}"
         )
     if ring and pages is not None:
         raise CacheError("init: a ring takes no pages: it has its memory from the start")
@@ -214,7 +214,7 @@ def _write_codes(cache: KVCache, k: jax.Array, v: jax.Array, at: jax.Array, end:
 def _whole_blocks(
     cache: KVCache, x: jax.Array, name: str, size: int, end: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The blocks of tokens that may get whole by this append: `[B, K, blocks * size, D]`, their positions, and which are.
+    """The blocks of tokens that may get whole by this append: `[B, K, blocks * size, D]`; positions, and which are.
 
     Their first tokens are in the window, as floats.
     """
@@ -243,7 +243,8 @@ def _write_store(
         return paging.put_in_pages(old, cache.table, slots, ok, update)
 
     codes = tuple(write(o, n, 1) for o, n in zip(store.codes, new.codes))
-    return Store(codes, write(store.scale, new.scale, tokens), write(store.zero_point, new.zero_point, tokens), store.static)  # type: ignore[arg-type]
+    scale, zero_point = write(store.scale, new.scale, tokens), write(store.zero_point, new.zero_point, tokens)
+    return Store(codes, scale, zero_point, store.static)  # type: ignore[arg-type]
 
 
 def _write_floats(old: Floats, k: jax.Array, v: jax.Array, slots: jax.Array, valid: jax.Array) -> Floats:
@@ -252,8 +253,8 @@ def _write_floats(old: Floats, k: jax.Array, v: jax.Array, slots: jax.Array, val
 
 
 def read_ranges(cache: KVCache) -> tuple[jax.Array, jax.Array]:
-    """int32 `[batch]`: attention reads the positions before the first number as codes (sinks excepted), those from it on
-    in float from the window; the second is how many positions were written as codes at all."""
+    """int32 `[batch]`: attention reads the positions before the first number as codes (sinks excepted), those from it
+    on in float from the window; the second is how many positions were written as codes at all."""
     size = cache.format.tokens
     if cache.window is None:
         return cache.length, cache.length
@@ -299,8 +300,9 @@ def insert(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCache:
     alike = ("format", "head_dim", "capacity", "ring")
     if one.table is not None or one.length.shape != (1,) or any(getattr(one, n) != getattr(cache, n) for n in alike):
         raise CacheError(
-            "insert: needs a cache of one sequence without pages, init(batch=1, ...), with the same format, length, head_dim "
-            f"and ring; got {one.format}, {one.length.shape[0]} x {one.capacity} for {cache.format}, {cache.capacity}"
+            "insert: needs a cache of one sequence without pages, init(batch=1, ...), with the same format, length, "
+            f"head_dim and ring; got {one.format}, {one.length.shape[0]} x {one.capacity} for {cache.format}, "
+            f"{cache.capacity}"
         )
     cache = evict(cache, row)
     put = lambda a, b: a.at[row].set(b[0])

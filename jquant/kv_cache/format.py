@@ -76,7 +76,7 @@ def _check_format(fmt: Format, tokens: int) -> None:
     if fmt.block == "tensor" and not eight:
         raise FormatError(f"cache format {fmt}: one static scale is for fp8_e4m3 and fp8_e5m2; leave out -tensor")
     if isinstance(fmt.block, tuple) or fmt.element == "ternary" or fmt.scale_dtype == "uint8":
-        raise FormatError(f"cache format {fmt}: tiles, ternary and uint8 scales are for weights; give a group size -g32")
+        raise FormatError(f"cache format {fmt}: tiles, ternary and uint8 scales are for weights; give groups, -g32")
     if tokens > 1 and (fmt.block != "channel" or fmt.outer_block is not None):
         raise FormatError(f"cache format {fmt}: blocks of tokens (-t{tokens}) have a scale for each channel, no groups")
 
@@ -178,8 +178,8 @@ def parse(text: "str | CacheFormat") -> CacheFormat:
             fields[name] = int(value)
         else:
             raise FormatError(
-                f"cache format {text!r}: {part.strip()!r} is not understood; write a format such as int8 or int4-g64-asym-rot, or "
-                "keys=FORMAT,values=FORMAT, and then sinks=4, residual=64 (tokens in float)"
+                f"cache format {text!r}: {part.strip()!r} is not understood; write a format such as int8 or "
+                "int4-g64-asym-rot, or keys=FORMAT,values=FORMAT, and then sinks=4, residual=64 (tokens in float)"
             )
     if not {"keys", "values"} <= fields.keys():
         raise FormatError(f"cache format {text!r}: it does not say how keys and values are stored; begin with a format")

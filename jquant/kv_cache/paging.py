@@ -1,6 +1,6 @@
 """Where things lie: slots of a row, or of the pages that a block table gives to a sequence (vLLM, arXiv 2309.06180).
 
-Arrays are `[rows, kv_heads, slots, x]`: rows are sequences, or the pages of a pool. An index past the end is not written.
+Arrays are `[rows, kv_heads, slots, x]`: rows are sequences, or pages of a pool. An index past the end writes nothing.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""The key/value cache of a decoder: `{"length": int32 [batch], "layers": {"0": KVCache, ...}}`, a pytree of any format."""
+"""The key/value cache of a decoder: `{"length": int32 [batch], "layers": {"0": KVCache, ...}}`, of any format."""
 
 from typing import Any
 

@@ -239,9 +239,8 @@ def _generation(
     start, compiled, prefilled, decoded = clock
     rate = lambda count, seconds: count / seconds if count else 0.0
     drawn = (tokens.shape[1] - bool(prompt_size)) * tokens.shape[0]
-    return Generation(
-        rows, lengths, rate(prompt_size, prefilled - compiled), rate(drawn, decoded - prefilled), compiled - start, state
-    )
+    rates = rate(prompt_size, prefilled - compiled), rate(drawn, decoded - prefilled)
+    return Generation(rows, lengths, *rates, compiled - start, state)
 
 
 def _trim(tokens: np.ndarray, stop_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -54,8 +54,9 @@ def _settings(cache: KVCache) -> dict[str, Any]:
     codes = cache.keys.codes[0]
     floats = cache.window or cache.sinks
     return {
-        "batch": cache.length.shape[0], "length": cache.capacity, "kv_heads": codes.shape[1], "head_dim": cache.head_dim,
-        "format": str(cache.format), "dtype": "bfloat16" if floats is None else str(floats.keys.dtype), "ring": cache.ring,
+        "batch": cache.length.shape[0], "length": cache.capacity, "kv_heads": codes.shape[1],
+        "head_dim": cache.head_dim, "format": str(cache.format), "ring": cache.ring,
+        "dtype": "bfloat16" if floats is None else str(floats.keys.dtype),
         "center": cache.center is not None,
         **({} if cache.table is None else {"pages": codes.shape[0], "page_size": cache.page_size}),
     }  # fmt: skip

@@ -82,8 +82,8 @@ def test_many_blocks_and_a_last_one_that_overlaps():
 
 
 RULES = [
-    dict(window=1), dict(window=7), dict(window=100), dict(window=7, sink_tokens=3), dict(soft_cap=2.0), dict(scale=0.3),
-    dict(window=9, sink_tokens=5, soft_cap=1.5),
+    dict(window=1), dict(window=7), dict(window=100), dict(window=7, sink_tokens=3), dict(soft_cap=2.0),
+    dict(scale=0.3), dict(window=9, sink_tokens=5, soft_cap=1.5),
 ]  # fmt: skip
 
 
@@ -145,7 +145,8 @@ def test_a_full_cache_is_an_error_before_the_write_and_never_wraps():
         kv_cache.append(cache, k[:, :3], v[:, :3])
     after = append(cache, k[:, :3], v[:, :3])  # inside jit: nothing of that sequence is written
     assert after.overflow.tolist() == [True, False] and after.length.tolist() == [8, 8]
-    same_bits(jax.tree.map(lambda a: a[0], (after.keys, after.values)), jax.tree.map(lambda a: a[0], (cache.keys, cache.values)))
+    first = lambda c: jax.tree.map(lambda a: a[0], (c.keys, c.values))
+    same_bits(first(after), first(cache))
     out = attend(q[:, :1], after)
     assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
     assert not kv_cache.evict(after, 0).overflow.any()
@@ -221,5 +222,6 @@ def test_static_scales_are_the_caches_own():
     q, k, v = tokens(1, 12)
     k = k * 1000  # beyond 448
     want = reference(q[0], k[0], v[0])
-    default, given = (filled("fp8_e4m3-tensor", q, k, v, **more) for more in ({}, dict(key_scale=np.array([10.0, 12.0]))))
+    default = filled("fp8_e4m3-tensor", q, k, v)
+    given = filled("fp8_e4m3-tensor", q, k, v, key_scale=np.array([10.0, 12.0]))
     assert relative(attend(q, given)[0], want) < 0.2 < relative(attend(q, default)[0], want)

@@ -39,7 +39,7 @@ def test_decoding_with_cache_equals_full_forward(name):
     for start, end in [(0, 6), (6, 7), (7, 8), (8, 14)]:
         logits, cache = apply(params, tokens[:, start:end], cache=cache)
         parts.append(logits)
-    assert int(cache["length"]) == 14
+    assert cache["length"].tolist() == [14, 14]
     np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=2e-5 * float(jnp.abs(full).max()))
 
 
@@ -57,6 +57,36 @@ def test_dynamic_rope_changes_the_base_inside_jit_with_a_traced_length():
     params, tokens, apply = make_params(config), make_tokens(config, 40), jax.jit(build(config))
     logits, _ = apply(params, tokens, cache=init_cache(config, 2, 40))
     np.testing.assert_allclose(logits, apply(params, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "dynamic"])
+def test_ragged_rows_equal_rows_alone(name):
+    """Rows of one batch with lengths of their own, padded behind, then one token each."""
+    config = CONFIGS[name]
+    params, tokens, apply = make_params(config), make_tokens(config, 14, batch=3), jax.jit(build(config))
+    counts = jnp.array([9, 1, 14])
+    at = counts[:, None] - 1
+    logits, cache = apply(params, tokens, cache=init_cache(config, 3, 16), counts=counts, logits_at=at)
+    after, cache = apply(params, tokens[:, :1], cache=cache)
+    assert cache["length"].tolist() == [10, 2, 15]
+    for row, n in enumerate(counts.tolist()):
+        one, alone = apply(params, tokens[row : row + 1, :n], cache=init_cache(config, 1, 16))
+        np.testing.assert_allclose(logits[row, 0], one[0, -1], atol=1e-4)
+        np.testing.assert_allclose(after[row], apply(params, tokens[row : row + 1, :1], cache=alone)[0][0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int8", "keys=int4-t8-asym,values=int4-g32-asym-rot,sinks=2,residual=4"])
+def test_a_quantized_cache_is_near_the_float_one_and_the_same_token_by_token(name):
+    config = CONFIGS["qwen2"]
+    params, tokens, apply = make_params(config), make_tokens(config, 14), jax.jit(build(config))
+    full = apply(params, tokens)
+    cache = init_cache(config, 2, 16, name, dtype="float32")
+    at_once, filled = apply(params, tokens, cache=cache)
+    assert 1e-5 < np.abs(at_once - full).max() < (0.05 if name == "int8" else 1.0) * np.abs(full).max()
+    for i in range(14):
+        last, cache = apply(params, tokens[:, i : i + 1], cache=cache)
+    np.testing.assert_allclose(last[:, 0], at_once[:, -1], atol=(0.02 if name == "int8" else 0.5) * np.abs(full).max())
+    assert cache["length"].tolist() == filled["length"].tolist() == [14, 14]
 
 
 def test_logits_at_selects_positions():
