@@ -159,7 +159,7 @@ def build(config: Config) -> Apply:
     `apply(params, tokens)`: int32 [batch, length] -> float32 logits [batch, length, vocab].
     `apply(params, tokens, cache=cache)` -> (logits, cache): the tokens continue those in the cache (`init_cache`, of
     any format). A row without room for them keeps what it has, gets NaN logits and the `overflow` of its layers;
-    outside jit it is an error. `counts` (int32 [batch]): so many of a row's tokens count, the first ones; the rest is padding.
+    outside jit it is an error. `counts` (int32 [batch]): so many of a row's tokens count; the rest is padding.
     `logits_at` (int32 [n], or [batch, n] for each row its own; counted within `tokens`, negative from the end) computes
     the head at those positions only.
     The arithmetic follows the dtype of `params`; softmax, norms and rope are float32.
