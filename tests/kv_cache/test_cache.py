@@ -22,11 +22,16 @@ def test_token_by_token_equals_one_large_append_bit_for_bit(name):
     q, k, v = tokens(2, COUNT)
     one = filled(name, q, k, v)
     many = init(2, 48, 2, 64, name, dtype="float32")
-    cuts = [0, 3, 4, 5, 22, *range(23, 34), COUNT]
+    cuts = [0, 1, 2, 13, 24, *range(25, 35), COUNT]  # parts of 1 and of 11
     for start, end in zip(cuts, cuts[1:]):
         many = append(many, k[:, start:end], v[:, start:end])
     same_bits(one, many)
-    same_bits(one, kv_cache.append(init(2, 48, 2, 64, name, dtype="float32"), k, v))  # nor does jit change them
+
+
+@pytest.mark.parametrize("name", ["int4-g64-asym-rot", "keys=int4-t8-asym,values=lloyd3-rot2"])
+def test_jit_changes_no_bit(name):
+    q, k, v = tokens(2, COUNT)
+    same_bits(filled(name, q, k, v), kv_cache.append(init(2, 48, 2, 64, name, dtype="float32"), k, v))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -40,7 +45,7 @@ def test_attention_is_that_of_float64_within_the_formats_error(name):
     assert out.dtype == jnp.float32 and relative(out, want) < most
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["int8", "nvfp4", "keys=int4-t8-asym,values=int3-g32-asym,sinks=5,residual=7"])
 def test_pages_hold_what_a_contiguous_cache_holds(name):
     q, k, v = tokens(3, COUNT)
     counts = jnp.array([COUNT, 7, 20])
@@ -68,7 +73,7 @@ def test_ragged_rows_read_their_own_tokens_only(name):
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("name", ["int8", "int4-g64-asym-rot", "keys=int4-t8-asym,values=lloyd4-rot2"])
+@pytest.mark.parametrize("name", ["int8", "keys=int4-t8-asym-rot,values=lloyd4-rot2"])
 def test_head_dims(dim, name):
     q, k, v = tokens(1, 20, 1, dim, 3)
     out = attend(q, append(init(1, 24, 1, dim, name), k, v))
@@ -186,20 +191,19 @@ def test_insert_says_what_does_not_fit():
         kv_cache.insert(init(2, 8, 1, 64, "int8"), 0, init(1, 16, 1, 64, "int8"))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
 @pytest.mark.parametrize(
-    "name", ["float32", "int8", "fp8_e4m3", "fp8_e4m3-tensor", "int4-g64-asym-rot", "nvfp4", "lloyd4-rot", "mxfp4",
+    "name", ["int8", "fp8_e4m3", "fp8_e4m3-tensor", "int4-g64-asym-rot", "nvfp4", "lloyd4-rot", "mxfp4",
              "keys=int4-t8-asym,values=int4-g32-asym-search"]
 )  # fmt: skip
-@pytest.mark.parametrize("pages", [None, 8])
-def test_a_number_that_is_not_finite_is_seen_where_it_is_read_and_nowhere_else(name, bad, pages):
+def test_a_number_that_is_not_finite_is_seen_where_it_is_read_and_nowhere_else(name, bad):
     q, k, v = tokens(2, 16)
-    more = {} if pages is None else dict(pages=pages, page_size=8)
+    more = dict(pages=8, page_size=8) if name in ("nvfp4", "fp8_e4m3-tensor") else {}
     wrong = append(init(2, 16, 2, 64, name, **more), k, v.at[0, 3, 0, 5].set(bad))
     out = attend(q[:, -1:], wrong)
     assert not np.isfinite(out[0, :, :2]).all()  # the query heads of that key head
     assert np.isfinite(out[0, :, 2:]).all() and np.isfinite(out[1]).all()
-    again = append(kv_cache.evict(wrong, 0), k[:, :4], v[:, :4], jnp.array([4, 0]))
+    again = append(jax.jit(kv_cache.evict)(wrong, 0), k[:, :4], v[:, :4], jnp.array([4, 0]))
     assert np.isfinite(attend(q[:, :1], again)).all()
 
 
