@@ -9,7 +9,8 @@
 Protocol of "KL": the first two windows of 2048 tokens of data/evaluation.txt; keys and values are rounded as they enter
 attention (all of them, but sinks: no residual window); mean over all positions of KL(float cache || cache), nats. "KL in
 chunks" feeds 64 tokens at a time into the cache as it is, residual window and all: what decoding reads. The other columns are
-means over the 256 positions before a context length. Results are kept in benchmarks/results/kv_cache.json.
+means over the 256 positions before a context length. "+center" behind a format: the mean key of 4 windows of calibration.txt
+is subtracted before keys are encoded. Results are kept in benchmarks/results/kv_cache.json.
 """
 
 import argparse
@@ -44,9 +45,9 @@ def windows(model: Any, text: str, count: int, length: int) -> np.ndarray:
     return np.asarray(ids[: count * length], np.int32).reshape(count, 1, length)
 
 
-def chunks(model: Any, fmt: Any, tokens: np.ndarray, size: int):
+def chunks(model: Any, fmt: Any, tokens: np.ndarray, size: int, center: Any = None):
     """Log probabilities `[size, vocab]` of chunk after chunk, read from a cache of a format."""
-    cache = jq.models.init_cache(model.config, 1, tokens.shape[1], fmt)
+    cache = jq.models.init_cache(model.config, 1, tokens.shape[1], fmt, center=center)
 
     @jax.jit
     def step(params, part, cache):
@@ -63,14 +64,14 @@ def divergence(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(a) * (a - b), axis=-1)
 
 
-def kl(model: Any, fmt: Any, all_windows: np.ndarray, references: list, size: int) -> np.ndarray:
+def kl(model: Any, fmt: Any, all_windows: np.ndarray, references: list, size: int, center: Any) -> np.ndarray:
     """KL of every position, `[windows, length]`."""
     rows = []
     for tokens, reference in zip(all_windows, references):
         step = min(size, tokens.shape[1])
         parts = [
             np.asarray(divergence(jnp.asarray(reference[i * step : (i + 1) * step]), out))
-            for i, out in enumerate(chunks(model, fmt, tokens, step))
+            for i, out in enumerate(chunks(model, fmt, tokens, step, center))
         ]
         rows.append(np.concatenate(parts))
     return np.stack(rows)
@@ -84,14 +85,19 @@ def bytes_per_token(config: Any, name: Any) -> float:
 
 
 def quality(model: Any, row: str, all_windows: np.ndarray, references: list) -> dict[str, Any]:
-    fmt = kv_cache.parse(row)
-    found = kl(model, fmt.replace(residual=0), all_windows, references, 512)
+    name, _, centered = row.partition("+")
+    fmt, center = kv_cache.parse(name), _centers(model) if centered else None
+    found = kl(model, fmt.replace(residual=0), all_windows, references, 512, center)
     out: dict[str, Any] = {"kl": float(found[:, :-1].mean())}
     out["at"] = {str(e): float(found[:, max(e - 256, 0) : e].mean()) for e in ENDS if e <= found.shape[1]}
     if fmt.window:
-        out["kl_chunks"] = float(kl(model, fmt, all_windows, references, 64)[:, :-1].mean())
+        out["kl_chunks"] = float(kl(model, fmt, all_windows, references, 64, center)[:, :-1].mean())
     size = bytes_per_token(model.config, fmt)
     return {**out, "bytes": size, "share": size / bytes_per_token(model.config, "bfloat16")}
+
+
+def _centers(model: Any) -> Any:
+    return jq.models.key_centers(model.apply, model.params, model.config, windows(model, "calibration", 4, 512))
 
 
 def speed(model: Any, rows: list[str], context: int, steps: int = 16) -> dict[str, float]:

@@ -1,10 +1,15 @@
 """The key/value cache of a decoder: `{"length": int32 [batch], "layers": {"0": KVCache, ...}}`, of any format."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jquant import kv_cache
 from jquant.kv_cache import CacheFormat
 from jquant.models.config import Config
+from jquant.models.errors import ModelError
 
 
 def init_cache(
@@ -32,3 +37,35 @@ def init_cache(
 def cache_length(cache: dict[str, Any]) -> int:
     """The number of positions a sequence has room for (static)."""
     return int(cache["layers"]["0"].capacity)
+
+
+def key_centers(
+    apply: Callable[..., Any], params: Any, config: Config, batches: Iterable[jax.Array], skip: int = 4
+) -> dict[str, jax.Array]:
+    """The mean key of every layer, float32 `[kv_heads, head_dim]` by layer: `init_cache(..., center=key_centers(...))`.
+
+    A constant vector in all keys changes no softmax, but it widens the range that codes must span; keys have one, as
+    rope hardly turns their slow channels (SageAttention, arXiv 2410.02367, smooths keys so).
+
+    Args:
+      apply, params, config: the model.
+      batches: tokens to read, int32 `[batch, length]`.
+      skip: so many first tokens do not count; their keys are unlike all others (and stay in float with `sinks`).
+
+    Raises:
+      ModelError: no batch has a token behind the skipped ones.
+    """
+
+    @jax.jit
+    def sums(params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+        _, cache = apply(params, tokens, cache=init_cache(config, *tokens.shape), logits_at=jnp.array([-1]))
+        return {n: c.keys.codes[0][:, :, skip:].sum(axis=(0, 2)) for n, c in cache["layers"].items()}
+
+    total, count = None, 0
+    for tokens in map(jnp.asarray, batches):
+        found = sums(params, tokens)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        count += tokens.shape[0] * max(tokens.shape[1] - skip, 0)
+    if total is None or count == 0:
+        raise ModelError(f"key_centers needs batches of more than {skip} tokens")
+    return jax.tree.map(lambda a: a / count, total)
