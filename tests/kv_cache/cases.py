@@ -14,6 +14,7 @@ FORMATS = [
 ]  # fmt: skip
 # The relative error (root mean square) of attention over normal tokens is no larger than this for these bits.
 ERRORS = {16: 0.01, 8: 0.05, 4: 0.2, 3: 0.4, 2: 0.7}
+COARSER = {"fp8_e5m2": 0.1, "mxfp4": 0.25}  # one bit less of mantissa; scales that are powers of two
 
 
 def tokens(batch: int, length: int, kv_heads: int = 2, dim: int = 64, groups: int = 2, seed: int = 0):

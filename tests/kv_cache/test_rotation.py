@@ -59,8 +59,8 @@ def test_one_rotation_is_not_enough_for_spikes_and_two_are():
     """A spike is turned into numbers of one size, all near the same edge of a cell: their errors do not average out.
 
     For normal numbers the distortion of 2 bits is 0.1175. After one rotation of a spike in small noise the numbers lie
-    on both sides of the codebook's edge at 0.98 (with the norm as scale, as in the paper, 0.21; the scale that is best for
-    the codes takes away the part that all numbers have in common). After two rotations they are as good as normal.
+    on both sides of the codebook's edge at 0.98 (with the norm as scale, as in the paper, 0.21; the scale that is best
+    for the codes takes away the part that all numbers have in common). After two they are as good as normal.
     """
     spikes = jnp.eye(128)[:100] + 0.008 * normal(100, 128)
     one, two = (_error(spikes, Coding("lloyd2", rotations=n)).mean() for n in (1, 2))
