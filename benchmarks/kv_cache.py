@@ -9,8 +9,8 @@
 Protocol of "KL": the first two windows of 2048 tokens of data/evaluation.txt; keys and values are rounded as they enter
 attention (all of them, but sinks: no residual window); mean over all positions of KL(float cache || cache), nats. "KL in
 chunks" feeds 64 tokens at a time into the cache as it is, residual window and all: what decoding reads. The other columns are
-means over the 256 positions before a context length. "+center" behind a format: the mean key of 4 windows of calibration.txt
-is subtracted before keys are encoded. Results are kept in benchmarks/results/kv_cache.json.
+means over the 256 positions before a context length. "+eased" behind a format: with the `key_settings` of 4 windows of 512
+tokens of calibration.txt. Results are kept in benchmarks/results/kv_cache.json.
 """
 
 import argparse
@@ -35,7 +35,7 @@ KEPT = ROOT / "benchmarks/results/kv_cache.json"
 ROWS = [
     "float32", "bfloat16", "int8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3-tensor", "int4-g64-asym", "int4-g32-asym",
     "keys=int4-g64-asym-rot,values=int4-g64-asym", "int4-g64-asym-rot", "lloyd4-rot", "nvfp4", "nvfp4-4o6",
-    "keys=int4-t64-asym,values=int4-g64-asym", "kivi4", "kivi2", "turbo2",
+    "int4-g64-asym-rot-search,sinks=4+eased", "keys=int4-t64-asym,values=int4-g64-asym", "kivi4", "kivi2", "turbo2",
 ]  # fmt: skip
 ENDS = (512, 1024, 2048, 4096, 8192)
 
@@ -45,9 +45,9 @@ def windows(model: Any, text: str, count: int, length: int) -> np.ndarray:
     return np.asarray(ids[: count * length], np.int32).reshape(count, 1, length)
 
 
-def chunks(model: Any, fmt: Any, tokens: np.ndarray, size: int, center: Any = None):
+def chunks(model: Any, fmt: Any, tokens: np.ndarray, size: int, eased: Any = None):
     """Log probabilities `[size, vocab]` of chunk after chunk, read from a cache of a format."""
-    cache = jq.models.init_cache(model.config, 1, tokens.shape[1], fmt, center=center)
+    cache = jq.models.init_cache(model.config, 1, tokens.shape[1], fmt, **(eased or {}))
 
     @jax.jit
     def step(params, part, cache):
@@ -64,14 +64,14 @@ def divergence(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(a) * (a - b), axis=-1)
 
 
-def kl(model: Any, fmt: Any, all_windows: np.ndarray, references: list, size: int, center: Any) -> np.ndarray:
+def kl(model: Any, fmt: Any, all_windows: np.ndarray, references: list, size: int, eased: Any) -> np.ndarray:
     """KL of every position, `[windows, length]`."""
     rows = []
     for tokens, reference in zip(all_windows, references):
         step = min(size, tokens.shape[1])
         parts = [
             np.asarray(divergence(jnp.asarray(reference[i * step : (i + 1) * step]), out))
-            for i, out in enumerate(chunks(model, fmt, tokens, step, center))
+            for i, out in enumerate(chunks(model, fmt, tokens, step, eased))
         ]
         rows.append(np.concatenate(parts))
     return np.stack(rows)
@@ -85,19 +85,19 @@ def bytes_per_token(config: Any, name: Any) -> float:
 
 
 def quality(model: Any, row: str, all_windows: np.ndarray, references: list) -> dict[str, Any]:
-    name, _, centered = row.partition("+")
-    fmt, center = kv_cache.parse(name), _centers(model) if centered else None
-    found = kl(model, fmt.replace(residual=0), all_windows, references, 512, center)
+    name, _, how = row.partition("+")
+    fmt, eased = kv_cache.parse(name), _eased(model) if how == "eased" else None
+    found = kl(model, fmt.replace(residual=0), all_windows, references, 512, eased)
     out: dict[str, Any] = {"kl": float(found[:, :-1].mean())}
     out["at"] = {str(e): float(found[:, max(e - 256, 0) : e].mean()) for e in ENDS if e <= found.shape[1]}
     if fmt.window:
-        out["kl_chunks"] = float(kl(model, fmt, all_windows, references, 64, center)[:, :-1].mean())
+        out["kl_chunks"] = float(kl(model, fmt, all_windows, references, 64, eased)[:, :-1].mean())
     size = bytes_per_token(model.config, fmt)
     return {**out, "bytes": size, "share": size / bytes_per_token(model.config, "bfloat16")}
 
 
-def _centers(model: Any) -> Any:
-    return jq.models.key_centers(model.apply, model.params, model.config, windows(model, "calibration", 4, 512))
+def _eased(model: Any) -> Any:
+    return jq.models.key_settings(model.params, model.config, windows(model, "calibration", 4, 512))
 
 
 def speed(model: Any, rows: list[str], context: int, steps: int = 16) -> dict[str, float]:

@@ -95,7 +95,7 @@ def attend(
     q5 = q.astype(jnp.float32).reshape(batch, tokens, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     state = codes_attention(
         q5, cache.keys, cache.values, cache.format, rules, read_ranges(cache),
-        center=cache.center, table=cache.table, page_size=cache.page_size, capacity=cache.capacity, ring=cache.ring,
+        center=cache.center, gain=cache.gain, table=cache.table, page_size=cache.page_size, capacity=cache.capacity, ring=cache.ring,
     )  # fmt: skip
     for part, at in _float_parts(cache):
         state = _take_in(state, q5, *(a.astype(jnp.float32) for a in part), at, rules)
@@ -136,6 +136,7 @@ def codes_attention(
     ranges: tuple[jax.Array, jax.Array],
     *,
     center: jax.Array | None,
+    gain: jax.Array | None,
     table: jax.Array | None,
     page_size: int,
     capacity: int,
@@ -147,7 +148,7 @@ def codes_attention(
     """
     dim = q.shape[-1]
     end, written = ranges
-    turned = rotate(q, fmt.keys.rotations, fmt.seed)
+    turned = rotate(q if gain is None else q * gain[:, None, None], fmt.keys.rotations, fmt.seed)
     shift = 0.0 if center is None else jnp.einsum("bkgld,kd->bkgl", q, center)[..., None]
     step = page_size or fmt.tokens
     size = min(capacity, max(step, _BLOCK // step * step))

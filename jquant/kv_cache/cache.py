@@ -34,7 +34,7 @@ class KVCache:
       keys, values: see `coding.Store`; rows are the sequences, or the pages of a pool.
       sinks: the first tokens in float, or None.
       window: the last tokens in float, a ring of slots, or None.
-      center: float32 `[kv_heads, head_dim]`, subtracted from keys before they are encoded, or None.
+      center, gain: float32 `[kv_heads, head_dim]` or None: keys are encoded as (key - center) / gain.
       table: int32 `[batch, pages of a sequence]`, the page of the pool, -1 for none; None without pages.
       length: int32 `[batch]`, tokens so far.
       overflow: bool `[batch]`: tokens came for which there was no room. Nothing was written, and attention gives NaN.
@@ -50,6 +50,7 @@ class KVCache:
     sinks: Floats | None
     window: Floats | None
     center: jax.Array | None
+    gain: jax.Array | None
     table: jax.Array | None
     length: jax.Array
     overflow: jax.Array
@@ -83,6 +84,7 @@ def init(
     key_scale: Any = None,
     value_scale: Any = None,
     center: Any = None,
+    gain: Any = None,
 ) -> KVCache:
     """An empty cache.
 
@@ -98,6 +100,8 @@ def init(
       key_scale, value_scale: float or `[kv_heads]`, static scales of formats that have one.
       center: float32 `[kv_heads, head_dim]`: subtracted from keys before they are encoded. The result of attention is
         the same for any center, as a score's q . center is added back.
+      gain: `[kv_heads, head_dim]`, positive: keys are divided by it before they are encoded, and queries multiplied with
+        it. Rounded to powers of two, so that neither rounds a number.
 
     Raises:
       CacheError: sizes that are not positive or do not fit each other.
@@ -127,10 +131,24 @@ def init(
         keys=store(fmt.keys, key_scale), values=store(fmt.values, value_scale),
         sinks=floats(fmt.sinks), window=floats(fmt.window),
         center=None if center is None else jnp.broadcast_to(jnp.asarray(center, jnp.float32), (kv_heads, head_dim)),
+        gain=None if gain is None else jnp.broadcast_to(_power_of_two(gain), (kv_heads, head_dim)),
         table=None if pages is None else jnp.full((batch, capacity // page_size), -1, jnp.int32),
         length=jnp.zeros(batch, jnp.int32), overflow=jnp.zeros(batch, bool),
         format=fmt, head_dim=head_dim, capacity=capacity, ring=ring, page_size=0 if pages is None else page_size,
     )  # fmt: skip
+
+
+def _power_of_two(x: Any) -> jax.Array:
+    """The nearest power of two, exactly: `exp2` of an integer is not exact everywhere."""
+    exponent = jnp.round(jnp.log2(jnp.asarray(x, jnp.float32))).astype(jnp.int32)
+    return jax.lax.bitcast_convert_type((jnp.clip(exponent, -126, 126) + 127) << 23, jnp.float32)
+
+
+def _eased(cache: KVCache, k: jax.Array) -> jax.Array:
+    """Keys `[B, K, L, D]` as they are encoded, float32: without center, divided by the gain."""
+    k = k.astype(jnp.float32)
+    k = k if cache.center is None else k - cache.center[:, None]
+    return k if cache.gain is None else k * (1 / cache.gain[:, None])
 
 
 def append(cache: KVCache, k: jax.Array, v: jax.Array, counts: jax.Array | None = None) -> KVCache:
@@ -196,13 +214,13 @@ def _refuse(fits: jax.Array, cache: KVCache) -> None:
 
 def _write_codes(cache: KVCache, k: jax.Array, v: jax.Array, at: jax.Array, end: jax.Array) -> tuple[Store, Store]:
     fmt = cache.format
-    if cache.center is not None:
-        k = k.astype(jnp.float32) - cache.center[:, None]
     out = []
     for x, name, coding in ((k, "keys", fmt.keys), (v, "values", fmt.values)):
         store, where, valid = getattr(cache, name), at, at < end[:, None]
         if coding.tokens > 1:
             x, where, valid = _whole_blocks(cache, x, name, coding.tokens, end)
+        if name == "keys" and not (cache.center is None and cache.gain is None):
+            x = _eased(cache, x)
         new = encode_vectors(rotate(x, coding.rotations, fmt.seed), coding, store.static)
         if cache.ring:
             valid = valid & (where >= end[:, None] - cache.capacity)  # of tokens for one slot the last one counts
@@ -223,8 +241,6 @@ def _whole_blocks(
     count = (tokens + size - 1) // size
     at = length // size * size + jnp.arange(count * size, dtype=jnp.int32)  # [B, blocks * size]
     old = getattr(cache.window, name)
-    if name == "keys" and cache.center is not None:
-        old = old.astype(jnp.float32) - cache.center[:, None]
     before = paging.take(old, at % old.shape[2])
     now = paging.take(x, jnp.clip(at - length, 0, tokens - 1))
     whole = jnp.where((at < length)[:, None, :, None], before, now.astype(before.dtype))
@@ -292,7 +308,7 @@ def insert(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCache:
     Args:
       cache: of many sequences.
       row: which.
-      one: a cache of one sequence without pages, with the format, capacity, center and static scales of `cache`.
+      one: a cache of one sequence without pages, with the format, capacity, center, gain and static scales of `cache`.
 
     Raises:
       CacheError: the caches differ; or the pool has too few pages, outside jit (inside, `overflow` is set).

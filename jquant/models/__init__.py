@@ -1,6 +1,6 @@
 """One decoder family in Flax (Llama, Mistral, Qwen2, Qwen3), its loaders and text generation."""
 
-from jquant.models.cache import init_cache, key_centers
+from jquant.models.cache import init_cache, key_settings
 from jquant.models.config import Config, Rope, param_shapes
 from jquant.models.decoder import build, init
 from jquant.models.errors import ModelError
@@ -22,7 +22,7 @@ __all__ = [
     "generate",
     "init",
     "init_cache",
-    "key_centers",
+    "key_settings",
     "load",
     "load_config",
     "load_state",

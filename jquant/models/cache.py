@@ -1,6 +1,6 @@
 """The key/value cache of a decoder: `{"length": int32 [batch], "layers": {"0": KVCache, ...}}`, of any format."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jquant import kv_cache
 from jquant.kv_cache import CacheFormat
 from jquant.models.config import Config
+from jquant.models.decoder import Decoder
 from jquant.models.errors import ModelError
 
 
@@ -39,33 +40,47 @@ def cache_length(cache: dict[str, Any]) -> int:
     return int(cache["layers"]["0"].capacity)
 
 
-def key_centers(
-    apply: Callable[..., Any], params: Any, config: Config, batches: Iterable[jax.Array], skip: int = 4
-) -> dict[str, jax.Array]:
-    """The mean key of every layer, float32 `[kv_heads, head_dim]` by layer: `init_cache(..., center=key_centers(...))`.
+def key_settings(
+    params: Any, config: Config, batches: Iterable[jax.Array], skip: int = 4
+) -> dict[str, dict[str, jax.Array]]:
+    """What eases the rounding of keys, found on a text: `init_cache(..., **key_settings(...))`.
 
-    A constant vector in all keys changes no softmax, but it widens the range that codes must span; keys have one, as
-    rope hardly turns their slow channels (SageAttention, arXiv 2410.02367, smooths keys so).
+    `center`, the mean key of a layer: a constant vector in all keys changes no softmax, but it widens the range that
+    codes must span; keys have one, as rope hardly turns their slow channels (SageAttention, arXiv 2410.02367). `gain`,
+    for each channel the square root of rms(key - center) / rms(query): where a rotation spreads the error evenly over
+    the channels, the error of scores is sum(q^2 gain^2) sum(k^2 / gain^2) up to a factor, and by Cauchy-Schwarz this
+    choice makes it least.
 
     Args:
-      apply, params, config: the model.
-      batches: tokens to read, int32 `[batch, length]`.
-      skip: so many first tokens do not count; their keys are unlike all others (and stay in float with `sinks`).
+      params: the float parameters of a decoder.
+      config: its config.
+      batches: tokens to read, int32 `[batch, length]`, longer than `skip`.
+      skip: so many first tokens do not count; their keys are unlike all others (keep them in float: `sinks`).
+
+    Returns:
+      {"center": by layer, "gain": by layer}, each float32 `[kv_heads, head_dim]`.
 
     Raises:
-      ModelError: no batch has a token behind the skipped ones.
+      ModelError: no batch, or one without a token behind the skipped ones.
     """
-
-    @jax.jit
-    def sums(params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
-        _, cache = apply(params, tokens, cache=init_cache(config, *tokens.shape), logits_at=jnp.array([-1]))
-        return {n: c.keys.codes[0][:, :, skip:].sum(axis=(0, 2)) for n, c in cache["layers"].items()}
-
+    module = Decoder(config, moments_behind=skip)
+    read = jax.jit(lambda params, tokens: module.apply({"params": params}, tokens, mutable=["moments"])[1]["moments"])
     total, count = None, 0
     for tokens in map(jnp.asarray, batches):
-        found = sums(params, tokens)
+        if tokens.shape[1] <= skip:
+            raise ModelError(f"key_settings: a batch of {tokens.shape[1]} tokens has none behind the first {skip}")
+        found = read(params, tokens)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
-        count += tokens.shape[0] * max(tokens.shape[1] - skip, 0)
-    if total is None or count == 0:
-        raise ModelError(f"key_centers needs batches of more than {skip} tokens")
-    return jax.tree.map(lambda a: a / count, total)
+        count += tokens.shape[0] * (tokens.shape[1] - skip)
+    if total is None:
+        raise ModelError("key_settings needs at least one batch of tokens")
+    each = {n: _ease(*(a / count for a in layer["attention"]["sums"][0])) for n, layer in total["layers"].items()}
+    return {"center": {n: c for n, (c, _) in each.items()}, "gain": {n: g for n, (_, g) in each.items()}}
+
+
+def _ease(k: jax.Array, k2: jax.Array, q2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Center and gain from the means of k, k^2 and q^2."""
+    variance = jnp.maximum(k2 - k * k, 0)
+    floor = 1e-6 * jnp.max(variance, axis=-1, keepdims=True), 1e-6 * jnp.max(q2, axis=-1, keepdims=True)
+    gain = (jnp.maximum(variance, floor[0]) / jnp.maximum(q2, floor[1])) ** 0.25
+    return k, jnp.where(jnp.isfinite(gain) & (gain > 0), gain, 1)

@@ -53,6 +53,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     config: Config
     window: int | None
+    moments_behind: int | None = None  # sums of keys and queries behind so many tokens go to the collection "moments"
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, entry: Any) -> tuple[jax.Array, Any]:
@@ -64,6 +65,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
+        if self.moments_behind is not None:
+            self.sow("moments", "sums", _moments(q[:, self.moments_behind :], k[:, self.moments_behind :]))
         if entry is None:
             out = causal_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), context.masks[self.window])
         else:
@@ -71,6 +74,13 @@ class Attention(nn.Module):
             out = kv_cache.attend(q, entry, positions=context.positions, window=self.window)
             out = out.reshape(*x.shape[:-1], -1)
         return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o")(out), entry
+
+
+def _moments(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums over batch and tokens of k, k^2 and, as mean over the query heads of a key head, q^2: float32 [K, D]."""
+    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    groups = (q * q).reshape(*k.shape[:3], -1, k.shape[3])
+    return k.sum((0, 1)), (k * k).sum((0, 1)), groups.mean(3).sum((0, 1))
 
 
 class MLP(nn.Module):
@@ -87,11 +97,12 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     config: Config
     index: int
+    moments_behind: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, entry: Any) -> tuple[jax.Array, Any]:
         c = self.config
-        attention = Attention(c, c.window(self.index), name="attention")
+        attention = Attention(c, c.window(self.index), self.moments_behind, name="attention")
         out, entry = attention(RMSNorm(c.rms_norm_eps, name="attention_norm")(x), context, entry)
         x = x + out
         return x + MLP(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)), entry
@@ -101,18 +112,20 @@ class Layers(nn.Module):
     """The unrolled stack; a module of its own so that paths read `layers/3/...`."""
 
     config: Config
+    moments_behind: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, entries: Any) -> tuple[jax.Array, Any]:
         new = {}
         for i in range(self.config.num_layers):
             entry = None if entries is None else entries[str(i)]
-            x, new[str(i)] = Layer(self.config, i, name=str(i))(x, context, entry)
+            x, new[str(i)] = Layer(self.config, i, self.moments_behind, name=str(i))(x, context, entry)
         return x, new
 
 
 class Decoder(nn.Module):
     config: Config
+    moments_behind: int | None = None
 
     @nn.compact
     def __call__(
@@ -125,7 +138,8 @@ class Decoder(nn.Module):
         c = self.config
         embed = nn.Embed(c.vocab_size, c.hidden_size, name="embed")
         context = _context(c, tokens.shape[1], cache, counts)
-        x, entries = Layers(c, name="layers")(embed(tokens), context, None if cache is None else cache["layers"])
+        layers = Layers(c, self.moments_behind, name="layers")
+        x, entries = layers(embed(tokens), context, None if cache is None else cache["layers"])
         if logits_at is not None:
             each = jnp.ndim(logits_at) == 2
             x = jnp.take_along_axis(x, (logits_at % x.shape[1])[..., None], axis=1) if each else x[:, logits_at]

@@ -57,10 +57,10 @@ def _settings(cache: KVCache) -> dict[str, Any]:
         "batch": cache.length.shape[0], "length": cache.capacity, "kv_heads": codes.shape[1],
         "head_dim": cache.head_dim, "format": str(cache.format), "ring": cache.ring,
         "dtype": "bfloat16" if floats is None else str(floats.keys.dtype),
-        "center": cache.center is not None,
+        "center": cache.center is not None, "gain": cache.gain is not None,
         **({} if cache.table is None else {"pages": codes.shape[0], "page_size": cache.page_size}),
     }  # fmt: skip
 
 
 def _empty(settings: dict[str, Any]) -> KVCache:
-    return init(**{**settings, "center": 0.0 if settings["center"] else None})
+    return init(**{**settings, "center": 0.0 if settings["center"] else None, "gain": 1.0 if settings["gain"] else None})

@@ -120,6 +120,22 @@ def test_a_center_changes_nothing_but_the_rounding(soft_cap):
     assert relative(with_center(name), want) < relative(attend(q, filled(name, q, k, v), soft_cap=soft_cap), want) / 2
 
 
+@pytest.mark.parametrize("name", ["int4-g64-asym-rot", "keys=int4-t8-asym,values=float32"])
+def test_a_gain_moves_the_error_to_where_queries_are_small(name):
+    """Channels of keys and queries that are large and small in turn: an error of a large query's channel costs most."""
+    q, k, v = tokens(2, COUNT)
+    size = jnp.where(jnp.arange(64) % 2 == 0, 16.0, 1.0)
+    q, k = q / size, k * size
+    want = np.stack([reference(q[b], k[b], v[b]) for b in range(2)])
+    run = lambda **more: attend(q, filled("keys=int4-g64-asym-rot,values=float32", q, k, v, **more))
+    assert relative(run(gain=size), want) < relative(run(), want) / 2
+    cache = lambda: init(2, 48, 2, 64, name, dtype="float32", gain=size * 1.3, center=0.7)
+    one, many = append(cache(), k, v), cache()
+    for i in range(COUNT):
+        many = append(many, k[:, i : i + 1], v[:, i : i + 1])
+    same_bits(one, many)
+
+
 @pytest.mark.parametrize("name", ["float32", "int8", "keys=int4-t8-asym,values=int8,sinks=2"])
 @pytest.mark.parametrize("cut", [1, 5])
 def test_a_ring_keeps_what_a_window_sees(name, cut):
