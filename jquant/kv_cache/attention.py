@@ -95,7 +95,8 @@ def attend(
     q5 = q.astype(jnp.float32).reshape(batch, tokens, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     state = codes_attention(
         q5, cache.keys, cache.values, cache.format, rules, read_ranges(cache),
-        center=cache.center, gain=cache.gain, table=cache.table, page_size=cache.page_size, capacity=cache.capacity, ring=cache.ring,
+        center=cache.center, gain=cache.gain, table=cache.table, page_size=cache.page_size, capacity=cache.capacity,
+        ring=cache.ring,
     )  # fmt: skip
     for part, at in _float_parts(cache):
         state = _take_in(state, q5, *(a.astype(jnp.float32) for a in part), at, rules)

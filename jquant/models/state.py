@@ -63,4 +63,5 @@ def _settings(cache: KVCache) -> dict[str, Any]:
 
 
 def _empty(settings: dict[str, Any]) -> KVCache:
-    return init(**{**settings, "center": 0.0 if settings["center"] else None, "gain": 1.0 if settings["gain"] else None})
+    given = {"center": 0.0 if settings["center"] else None, "gain": 1.0 if settings["gain"] else None}
+    return init(**{**settings, **given})
