@@ -100,7 +100,7 @@ def init(
       key_scale, value_scale: float or `[kv_heads]`, static scales of formats that have one.
       center: float32 `[kv_heads, head_dim]`: subtracted from keys before they are encoded. The result of attention is
         the same for any center, as a score's q . center is added back.
-      gain: `[kv_heads, head_dim]`, positive: keys are divided by it before they are encoded, queries multiplied with it.
+      gain: `[kv_heads, head_dim]`, positive: keys are divided by it before they are encoded, queries multiplied by it.
         Rounded to powers of two, so that neither rounds a number.
 
     Raises:
