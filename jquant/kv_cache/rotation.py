@@ -14,7 +14,7 @@ import numpy as np
 @functools.cache
 def signs(dim: int, times: int, seed: int) -> np.ndarray:
     """float32 `[times, dim]` of 1 and -1."""
-    return np.random.default_rng([seed, dim]).choice(np.float32([1, -1]), size=(times, dim))
+    return np.random.default_rng([seed, dim]).choice(np.asarray([1, -1], np.float32), size=(times, dim))
 
 
 def rotate(x: jax.Array, times: int, seed: int) -> jax.Array:

@@ -193,16 +193,16 @@ def test_key_settings_are_the_mean_key_and_the_balance_of_keys_and_queries():
     params["layers"]["0"]["attention"]["k"]["bias"] += 4 * np.sin(np.arange(32, dtype=np.float32))
     batches = [make_tokens(config, n, seed=n) for n in (12, 20)]
     found = key_settings(params, config, batches, skip=2)
-    keys = [build(config)(params, t, cache=init_cache(config, 2, 20))[1]["layers"]["0"].keys.codes[0] for t in batches]
+    apply = jax.jit(build(config))
+    keys = [apply(params, t, cache=init_cache(config, 2, 20))[1]["layers"]["0"].keys.codes[0] for t in batches]
     behind = [k[:, :, 2:n].transpose(0, 2, 1, 3).reshape(-1, 2, 16) for k, n in zip(keys, (12, 20))]
     mean = np.concatenate(behind).mean(0)
     np.testing.assert_allclose(found["center"]["0"], mean, atol=1e-4)
     assert found["gain"]["1"].shape == (2, 16) and (found["gain"]["1"] > 0).all()
     tokens, name = make_tokens(config, 14), "keys=int4-g16-asym-rot,values=float32"
-    full = build(config)(params, tokens)
-    error = lambda **more: float(
-        jnp.abs(build(config)(params, tokens, cache=init_cache(config, 2, 16, name, **more))[0] - full).mean()
-    )
+    full = apply(params, tokens)
+    cache = lambda **more: init_cache(config, 2, 16, name, **more)
+    error = lambda **more: float(jnp.abs(apply(params, tokens, cache=cache(**more))[0] - full).mean())
     assert error(**found) < error()
     with pytest.raises(ModelError, match="none behind the first 4"):
         key_settings(params, config, [tokens[:, :4]])
