@@ -24,6 +24,7 @@ from jquant.core.formats import (
     decode,
     decode_codes,
     encode,
+    reduce_blocks,
 )
 from jquant.kv_cache.format import Coding
 from jquant.solvers.rtn import search_params
@@ -108,8 +109,14 @@ def _encode_rows(
         params = search_params(rows, fmt, _SEARCHED, outer=given)
     else:
         params = block_params(*block_extremes(rows, fmt), fmt, outer=given)
-    codes = encode(rows, params, fmt)
-    return codes, params.scale, params.zero_point
+    return encode(rows, params, fmt), _marked(params.scale, rows, fmt), params.zero_point
+
+
+def _marked(scale: jax.Array, rows: jax.Array, fmt: Format) -> jax.Array:
+    """NaN for the scale of a block with a number that is not finite: no code stands for one, and a range from extremes
+    loses it where the compiler's minimum and maximum do (XLA:CPU's fast ones)."""
+    bad = reduce_blocks(jnp.where(jnp.isfinite(rows), 0.0, 1.0), fmt, jnp.max) > 0
+    return jnp.where(bad, jnp.asarray(jnp.nan, scale.dtype), scale)
 
 
 def _encode_lloyd(rows: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, None]:
