@@ -284,16 +284,16 @@ def read_ranges(cache: KVCache) -> tuple[jax.Array, jax.Array]:
 def evict(cache: KVCache, row: jax.Array | int) -> KVCache:
     """Empties sequence `row`: its memory is zeros (or its pages are free) and its length 0; nothing of it is left."""
     if cache.table is None:
-        clear = lambda store: jax.tree.map(lambda a: a.at[row].set(jnp.zeros((), a.dtype)), store._replace(static=None))
+        clear = lambda store: jax.tree.map(lambda a: a.at[row].set(paging.blank(a.dtype)), store._replace(static=None))
         table = None
     else:
         pages = cache.table[row]
         clear = lambda store: jax.tree.map(
-            lambda a: a.at[jnp.where(pages < 0, a.shape[0], pages)].set(jnp.zeros((), a.dtype), mode="drop"),
+            lambda a: a.at[jnp.where(pages < 0, a.shape[0], pages)].set(paging.blank(a.dtype), mode="drop"),
             store._replace(static=None),
         )
         table = cache.table.at[row].set(-1)
-    zero = lambda t: jax.tree.map(lambda a: a.at[row].set(jnp.zeros((), a.dtype)), t)
+    zero = lambda t: jax.tree.map(lambda a: a.at[row].set(paging.blank(a.dtype)), t)
     return cache.replace(
         keys=clear(cache.keys)._replace(static=cache.keys.static),
         values=clear(cache.values)._replace(static=cache.values.static),

@@ -27,6 +27,7 @@ from jquant.core.formats import (
     reduce_blocks,
 )
 from jquant.kv_cache.format import Coding
+from jquant.kv_cache.paging import blank
 from jquant.solvers.rtn import search_params
 
 _SEARCHED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -160,7 +161,7 @@ def empty_store(coding: Coding, lead: tuple[int, int], length: int, dim: int, st
     one = jax.eval_shape(
         lambda x: encode_vectors(x, coding, static), jax.ShapeDtypeStruct((*lead, length, dim), jnp.float32)
     )
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one._replace(static=None))
+    zeros = jax.tree.map(lambda a: jnp.full(a.shape, blank(a.dtype)), one._replace(static=None))
     return zeros._replace(static=static)
 
 

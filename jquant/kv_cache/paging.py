@@ -3,8 +3,17 @@
 Arrays are `[rows, kv_heads, slots, x]`: rows are sequences, or pages of a pool. An index past the end writes nothing.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+
+def blank(dtype: Any) -> jax.Array:
+    """What empty memory holds: zero, or of powers of two (e8m0, which have none: a zero becomes NaN) the smallest."""
+    zero = jnp.zeros((), jnp.uint8)
+    e8m0 = jnp.dtype(dtype) == jnp.float8_e8m0fnu
+    return jax.lax.bitcast_convert_type(zero, jnp.float8_e8m0fnu) if e8m0 else zero.astype(dtype)
 
 
 def put(old: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
@@ -41,7 +50,8 @@ def read(a: jax.Array, table: jax.Array | None, start: jax.Array, count: int) ->
         return jax.lax.dynamic_slice_in_dim(a, start, count, axis=2)
     size = a.shape[2]
     pages = jax.lax.dynamic_slice_in_dim(table, start // size, count // size, axis=1)
-    found = a.at[jnp.where(pages < 0, a.shape[0], pages)].get(mode="fill", fill_value=0)  # [B, pages, K, size, x]
+    found = a.at[jnp.maximum(pages, 0)].get(mode="clip")  # [B, pages, K, size, x]
+    found = jnp.where((pages < 0)[..., None, None, None], blank(a.dtype), found)
     found = found.swapaxes(1, 2)
     return found.reshape(*found.shape[:2], count, a.shape[3])
 
