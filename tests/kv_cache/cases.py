@@ -36,10 +36,11 @@ def reference(q, k, v, *, first=0, window=None, sink_tokens=0, soft_cap=None, sc
     sees = keys <= at
     if window is not None:
         sees &= (keys > at - window) | (keys < sink_tokens)
-    weights = np.where(sees, np.exp(scores - scores.max(initial=0)), 0)
+    top = np.where(sees, scores, 0).max(-1, keepdims=True, initial=0)
+    weights = np.where(sees, np.exp(np.where(sees, scores, 0) - top), 0)
     total = weights.sum(-1, keepdims=True)
     if sink_logits is not None:
-        total = total + np.exp(np.asarray(sink_logits, np.float64)[:, None, None] - scores.max(initial=0))
+        total = total + np.exp(np.asarray(sink_logits, np.float64)[:, None, None] - top)
     return np.einsum("hlt,thd->lhd", weights / np.where(total == 0, 1, total), v)
 
 
