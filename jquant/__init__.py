@@ -10,7 +10,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jquant import models
+    from jquant import kv_cache, models
     from jquant.calibrate import calibrate
     from jquant.checkpoint import load, save
     from jquant.core.activation import (
@@ -112,10 +112,10 @@ _NAMES = {
     "trace.fake_quant": "fake_quantized",
     "trace.sites": "Site Sites find_sites",
 }
-_ROOMS = ("core", "solvers", "ops", "trace", "fold", "models", "checkpoint", "report")
+_ROOMS = ("core", "solvers", "ops", "trace", "fold", "kv_cache", "models", "checkpoint", "report")
 _WHERE = {name: f"jquant.{module}" for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = sorted([*_WHERE, "models"])
+__all__ = sorted([*_WHERE, "kv_cache", "models"])
 
 
 class _Surface(types.ModuleType):

@@ -8,10 +8,11 @@ from typing import TextIO
 import jax
 import numpy as np
 
-from jquant import models
+from jquant import kv_cache, models
 from jquant.cli.common import load_model, say
 from jquant.cli.options import UsageError
-from jquant.core.errors import JQuantError
+from jquant.core.errors import FormatError, JQuantError
+from jquant.kv_cache import CacheFormat
 from jquant.models import Generation, ModelError, Tokenizer
 from jquant.models.generate import Sampling
 
@@ -19,6 +20,7 @@ from jquant.models.generate import Sampling
 def run(args: Namespace) -> None:
     """The command."""
     _check_sampling(args)
+    cache = _cache_format(args.cache or args.dtype)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     model = load_model(args.model, args.dtype)
     assert model.tokenizer is not None
@@ -34,6 +36,7 @@ def run(args: Namespace) -> None:
     done = models.generate(
         model.apply, model.params, ids, model.config, max_tokens=args.max_tokens, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, key=jax.random.key(args.seed), stop_ids=stop, on_token=writer,
+        cache_format=cache,
     )  # fmt: skip
     writer.close()
     say(speeds(len(ids), done))
@@ -46,6 +49,13 @@ def _check_sampling(args: Namespace) -> None:
         Sampling(args.temperature, args.top_k, args.top_p)
     except ModelError as error:
         raise UsageError(str(error).replace("top_", "--top-")) from error
+
+
+def _cache_format(text: str) -> CacheFormat:
+    try:
+        return kv_cache.parse(text)
+    except FormatError as error:
+        raise UsageError(f"--cache: {error}") from error
 
 
 def _token_id(token: str, tokenizer: Tokenizer) -> int:

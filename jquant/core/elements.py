@@ -75,7 +75,7 @@ def encode_scaled(values: jax.Array, zero: jax.Array | float, fmt: "Format") -> 
         shifted = jnp.round(values) + zero if fmt.zero_dtype == "uint8" else jnp.round(values + zero)
         return jnp.clip(shifted, 0, 2**element.bits - 1).astype(jnp.uint8)
     if element.kind == "codebook":
-        return _search(values, element.values)
+        return search(values, element.values)
     if element.bits == 8:
         q = jnp.clip(values, -element.top, element.top).astype(element.storage)
         return jax.lax.bitcast_convert_type(q, jnp.uint8)
@@ -122,7 +122,7 @@ def _whole_table(element: Element) -> np.ndarray:
 # --- codebooks ---
 
 
-def _search(values: jax.Array, table: tuple[float, ...]) -> jax.Array:
+def search(values: jax.Array, table: tuple[float, ...]) -> jax.Array:
     """By halves, with `select`: as many compares for a number as its code has bits."""
     thresholds = _thresholds(table)
 

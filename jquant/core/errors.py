@@ -21,6 +21,10 @@ class NonFiniteError(JQuantError):
     """NaN or infinity in weights or activations; the message names the site and the count."""
 
 
+class CacheError(JQuantError):
+    """A key/value cache that is full, or asked for what its sizes do not allow."""
+
+
 class CheckpointError(JQuantError):
     """A folder or file that can't be read, or must not be overwritten."""
 

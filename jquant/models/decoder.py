@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jquant.models import cache as kv
-from jquant.models.attention import attend, causal_attention
+from jquant import kv_cache
+from jquant.models.attention import causal_attention
 from jquant.models.config import Config, param_shapes
 from jquant.models.rope import apply_rope, rope_table
 
@@ -21,12 +21,20 @@ Apply = Callable[..., Any]
 
 
 class Context(NamedTuple):
-    """What all layers share, computed once: rope tables [L, D / 2], a mask for each window, where the tokens start."""
+    """What all layers share, computed once.
+
+    Attributes:
+      cos, sin: rope tables, [L, D / 2], or [B, L, D / 2] with a cache.
+      masks: without a cache, for each window bool [L, L], True where a query sees a key.
+      positions: with a cache, int32 [B, L], those of the tokens.
+      counts: with a cache, int32 [B], how many of the tokens each row takes, or None for all.
+    """
 
     cos: jax.Array
     sin: jax.Array
-    masks: dict[int | None, jax.Array]  # bool [L, L], or [L, T] with a cache: True where a query sees a key
-    start: jax.Array | int
+    masks: dict[int | None, jax.Array]
+    positions: jax.Array | None
+    counts: jax.Array | None
 
 
 class RMSNorm(nn.Module):
@@ -45,6 +53,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     config: Config
     window: int | None
+    moments_behind: int | None = None  # sums of keys and queries behind so many tokens go to the collection "moments"
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, entry: Any) -> tuple[jax.Array, Any]:
@@ -56,14 +65,22 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, L, D]
-        mask = context.masks[self.window]
+        if self.moments_behind is not None:
+            self.sow("moments", "sums", _moments(q[:, self.moments_behind :], k[:, self.moments_behind :]))
         if entry is None:
-            out = causal_attention(q, k, v, mask)
+            out = causal_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), context.masks[self.window])
         else:
-            entry = kv.append(entry, k, v, context.start)
-            out = attend(q, *kv.read(entry, x.dtype), mask)
+            entry = kv_cache.append(entry, k, v, context.counts)
+            out = kv_cache.attend(q, entry, positions=context.positions, window=self.window)
+            out = out.reshape(*x.shape[:-1], -1)
         return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o")(out), entry
+
+
+def _moments(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums over batch and tokens of k, k^2 and, as mean over the query heads of a key head, q^2: float32 [K, D]."""
+    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    groups = (q * q).reshape(*k.shape[:3], -1, k.shape[3])
+    return k.sum((0, 1)), (k * k).sum((0, 1)), groups.mean(3).sum((0, 1))
 
 
 class MLP(nn.Module):
@@ -80,11 +97,12 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     config: Config
     index: int
+    moments_behind: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, entry: Any) -> tuple[jax.Array, Any]:
         c = self.config
-        attention = Attention(c, c.window(self.index), name="attention")
+        attention = Attention(c, c.window(self.index), self.moments_behind, name="attention")
         out, entry = attention(RMSNorm(c.rms_norm_eps, name="attention_norm")(x), context, entry)
         x = x + out
         return x + MLP(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)), entry
@@ -94,62 +112,83 @@ class Layers(nn.Module):
     """The unrolled stack; a module of its own so that paths read `layers/3/...`."""
 
     config: Config
+    moments_behind: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, entries: Any) -> tuple[jax.Array, Any]:
         new = {}
         for i in range(self.config.num_layers):
             entry = None if entries is None else entries[str(i)]
-            x, new[str(i)] = Layer(self.config, i, name=str(i))(x, context, entry)
+            x, new[str(i)] = Layer(self.config, i, self.moments_behind, name=str(i))(x, context, entry)
         return x, new
 
 
 class Decoder(nn.Module):
     config: Config
+    moments_behind: int | None = None
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, cache: Any = None, logits_at: jax.Array | None = None) -> Any:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        cache: Any = None,
+        logits_at: jax.Array | None = None,
+        counts: jax.Array | None = None,
+    ) -> Any:
         c = self.config
         embed = nn.Embed(c.vocab_size, c.hidden_size, name="embed")
-        context = _context(c, tokens.shape[1], cache)
-        x, entries = Layers(c, name="layers")(embed(tokens), context, None if cache is None else cache["layers"])
+        context = _context(c, tokens.shape[1], cache, counts)
+        layers = Layers(c, self.moments_behind, name="layers")
+        x, entries = layers(embed(tokens), context, None if cache is None else cache["layers"])
         if logits_at is not None:
-            x = x[:, logits_at]
+            each = jnp.ndim(logits_at) == 2
+            x = jnp.take_along_axis(x, (logits_at % x.shape[1])[..., None], axis=1) if each else x[:, logits_at]
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
         logits = embed.attend(x) if c.tied else nn.Dense(c.vocab_size, use_bias=False, name="lm_head")(x)
         logits = logits.astype(jnp.float32)
         if cache is None:
             return logits
-        return logits, {"length": cache["length"] + tokens.shape[1], "layers": entries}
+        return logits, {"length": entries["0"].length, "layers": entries}
 
 
-def _context(config: Config, length: int, cache: Any) -> Context:
-    start = 0 if cache is None else cache["length"]
-    queries = start + jnp.arange(length)
-    keys = queries if cache is None else jnp.arange(kv.cache_length(cache))
-    cos, sin = rope_table(config.rope, config.head_dim, queries, config.max_position_embeddings, start + length)
-    masks = {window: _mask(queries, keys, window) for window in {config.window(i) for i in range(config.num_layers)}}
-    return Context(cos, sin, masks, start)
+def _context(config: Config, length: int, cache: Any, counts: jax.Array | None) -> Context:
+    offsets = jnp.arange(length, dtype=jnp.int32)
+    table = lambda at, end: rope_table(config.rope, config.head_dim, at, config.max_position_embeddings, end)
+    if cache is None:
+        windows = {config.window(i) for i in range(config.num_layers)}
+        return Context(*table(offsets, length), {w: _mask(offsets, w) for w in windows}, None, None)
+    positions = cache["length"][:, None] + offsets
+    end = cache["length"] + (length if counts is None else counts)
+    return Context(*table(positions, end), {}, positions, counts)
 
 
-def _mask(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
-    mask = keys <= queries[:, None]
-    return mask if window is None else mask & (keys > queries[:, None] - window)
+def _mask(at: jax.Array, window: int | None) -> jax.Array:
+    mask = at <= at[:, None]
+    return mask if window is None else mask & (at > at[:, None] - window)
 
 
 def build(config: Config) -> Apply:
     """The model as a pure function.
 
     `apply(params, tokens)`: int32 [batch, length] -> float32 logits [batch, length, vocab].
-    `apply(params, tokens, cache=cache)` -> (logits, cache): the tokens continue those in the cache (`init_cache`),
-    which needs room for them: writing past its end is not checked under jit.
-    `logits_at` (int32 [n], counted within `tokens`, negative from the end) computes the head at those positions only.
+    `apply(params, tokens, cache=cache)` -> (logits, cache): the tokens continue those in the cache (`init_cache`, of
+    any format). A row without room for them keeps what it has, gets NaN logits and the `overflow` of its layers;
+    outside jit it is an error. `counts` (int32 [batch]): so many of a row's tokens count; the rest is padding.
+    `logits_at` (int32 [n], or [batch, n] for each row its own; counted within `tokens`, negative from the end) computes
+    the head at those positions only.
     The arithmetic follows the dtype of `params`; softmax, norms and rope are float32.
     """
     module = Decoder(config)
 
-    def apply(params: Params, tokens: jax.Array, *, cache: Any = None, logits_at: jax.Array | None = None) -> Any:
-        return module.apply({"params": params}, tokens, cache=cache, logits_at=logits_at)
+    def apply(
+        params: Params,
+        tokens: jax.Array,
+        *,
+        cache: Any = None,
+        logits_at: jax.Array | None = None,
+        counts: jax.Array | None = None,
+    ) -> Any:
+        return module.apply({"params": params}, tokens, cache=cache, logits_at=logits_at, counts=counts)
 
     return apply
 

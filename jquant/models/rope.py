@@ -12,16 +12,16 @@ from jquant.models.config import Rope
 def rope_table(
     rope: Rope, head_dim: int, positions: jax.Array, max_position: int, length: int | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each float32 [tokens, head_dim / 2].
+    """Cosines and sines, each float32 [tokens, head_dim / 2], or [batch, tokens, head_dim / 2].
 
-    `positions` is int [tokens]. `length`, the number of tokens seen so far, and `max_position`, the length trained on,
-    matter to the dynamic scaling only.
+    `positions` is int [tokens] or [batch, tokens]. `length`, the number of tokens seen so far (one, or for each row its
+    own), and `max_position`, the length trained on, matter to the dynamic scaling only.
     """
     if rope.type == "dynamic":
         frequencies: jax.Array | np.ndarray = _dynamic(rope, head_dim, max_position, length)
     else:
         frequencies = _FREQUENCIES[rope.type](rope, head_dim).astype(np.float32)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     scale = _attention_factor(rope)
     if scale == 1.0:
         return jnp.cos(angles), jnp.sin(angles)
@@ -31,7 +31,7 @@ def rope_table(
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + head_dim / 2) of x [batch, tokens, heads, head_dim], in float32; keeps the dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = cos[..., :, None, :], sin[..., :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
@@ -87,6 +87,7 @@ def _dynamic(rope: Rope, head_dim: int, max_position: int, length: int | jax.Arr
     With a cache, keys keep the base of the step that wrote them, as in every implementation that caches rotated keys.
     """
     ratio = jnp.maximum(jnp.asarray(length, jnp.float32) / max_position, 1.0)
+    ratio = ratio[:, None, None] if ratio.ndim else ratio  # [B, 1, 1]
     base = rope.theta * (rope.factor * ratio - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
     return base ** -jnp.asarray(np.arange(0, head_dim, 2) / head_dim, jnp.float32)
 

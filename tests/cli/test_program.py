@@ -73,9 +73,9 @@ def test_the_names_to_import_are_those_for_the_type_checker():
     tree = ast.parse(Path(jquant.__file__).read_text(encoding="utf-8"))
     [block] = [node for node in tree.body if isinstance(node, ast.If)]
     found = {a.name: node.module for node in block.body for a in node.names}
-    assert found.pop("models") == "jquant"
+    assert found.pop("models") == found.pop("kv_cache") == "jquant"
     assert found == jquant._WHERE
-    assert jquant.__all__ == sorted([*found, "models"])
+    assert jquant.__all__ == sorted([*found, "kv_cache", "models"])
 
 
 def test_every_name_imports():

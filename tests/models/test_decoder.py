@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.models import Config, ModelError, Rope, build, init, init_cache, param_shapes
+from jquant.models import Config, ModelError, Rope, build, init, init_cache, key_settings, param_shapes
 from jquant.models.attention import attend, causal_attention
 from tests.models.cases import BASE, CONFIGS, make_params, make_tokens
 from tests.models.reference import forward
@@ -39,7 +39,7 @@ def test_decoding_with_cache_equals_full_forward(name):
     for start, end in [(0, 6), (6, 7), (7, 8), (8, 14)]:
         logits, cache = apply(params, tokens[:, start:end], cache=cache)
         parts.append(logits)
-    assert int(cache["length"]) == 14
+    assert cache["length"].tolist() == [14, 14]
     np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=2e-5 * float(jnp.abs(full).max()))
 
 
@@ -57,6 +57,36 @@ def test_dynamic_rope_changes_the_base_inside_jit_with_a_traced_length():
     params, tokens, apply = make_params(config), make_tokens(config, 40), jax.jit(build(config))
     logits, _ = apply(params, tokens, cache=init_cache(config, 2, 40))
     np.testing.assert_allclose(logits, apply(params, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "dynamic"])
+def test_ragged_rows_equal_rows_alone(name):
+    """Rows of one batch with lengths of their own, padded behind, then one token each."""
+    config = CONFIGS[name]
+    params, tokens, apply = make_params(config), make_tokens(config, 14, batch=3), jax.jit(build(config))
+    counts = jnp.array([9, 1, 14])
+    at = counts[:, None] - 1
+    logits, cache = apply(params, tokens, cache=init_cache(config, 3, 16), counts=counts, logits_at=at)
+    after, cache = apply(params, tokens[:, :1], cache=cache)
+    assert cache["length"].tolist() == [10, 2, 15]
+    for row, n in enumerate(counts.tolist()):
+        one, alone = apply(params, tokens[row : row + 1, :n], cache=init_cache(config, 1, 16))
+        np.testing.assert_allclose(logits[row, 0], one[0, -1], atol=1e-4)
+        np.testing.assert_allclose(after[row], apply(params, tokens[row : row + 1, :1], cache=alone)[0][0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int8", "keys=int4-t8-asym,values=int4-g32-asym-rot,sinks=2,residual=4"])
+def test_a_quantized_cache_is_near_the_float_one_and_the_same_token_by_token(name):
+    config = CONFIGS["qwen2"]
+    params, tokens, apply = make_params(config), make_tokens(config, 14), jax.jit(build(config))
+    full = apply(params, tokens)
+    cache = init_cache(config, 2, 16, name, dtype="float32")
+    at_once, filled = apply(params, tokens, cache=cache)
+    assert 1e-5 < np.abs(at_once - full).max() < (0.05 if name == "int8" else 1.0) * np.abs(full).max()
+    for i in range(14):
+        last, cache = apply(params, tokens[:, i : i + 1], cache=cache)
+    np.testing.assert_allclose(last[:, 0], at_once[:, -1], atol=(0.02 if name == "int8" else 0.5) * np.abs(full).max())
+    assert cache["length"].tolist() == filled["length"].tolist() == [14, 14]
 
 
 def test_logits_at_selects_positions():
@@ -154,3 +184,25 @@ def test_config_errors():
         dataclasses.replace(BASE, num_kv_heads=3)
     with pytest.raises(ModelError, match="unexpected keyword argument 'depth'"):
         Config.from_dict({**BASE.to_dict(), "depth": 3})
+
+
+def test_key_settings_are_the_mean_key_and_the_balance_of_keys_and_queries():
+    """Against a float cache that holds the same keys; and a rotated 4-bit cache gains from them."""
+    config = dataclasses.replace(CONFIGS["qwen2"], head_dim=16)
+    params = make_params(config)
+    params["layers"]["0"]["attention"]["k"]["bias"] += 4 * np.sin(np.arange(32, dtype=np.float32))
+    batches = [make_tokens(config, n, seed=n) for n in (12, 20)]
+    found = key_settings(params, config, batches, skip=2)
+    apply = jax.jit(build(config))
+    keys = [apply(params, t, cache=init_cache(config, 2, 20))[1]["layers"]["0"].keys.codes[0] for t in batches]
+    behind = [k[:, :, 2:n].transpose(0, 2, 1, 3).reshape(-1, 2, 16) for k, n in zip(keys, (12, 20))]
+    mean = np.concatenate(behind).mean(0)
+    np.testing.assert_allclose(found["center"]["0"], mean, atol=1e-4)
+    assert found["gain"]["1"].shape == (2, 16) and (found["gain"]["1"] > 0).all()
+    tokens, name = make_tokens(config, 14), "keys=int4-g16-asym-rot,values=float32"
+    full = apply(params, tokens)
+    cache = lambda **more: init_cache(config, 2, 16, name, **more)
+    error = lambda **more: float(jnp.abs(apply(params, tokens, cache=cache(**more))[0] - full).mean())
+    assert error(**found) < error()
+    with pytest.raises(ModelError, match="none behind the first 4"):
+        key_settings(params, config, [tokens[:, :4]])

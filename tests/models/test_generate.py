@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.models import ModelError, build, generate, init_cache
+import jquant as jq
+from jquant.core.errors import CacheError
+from jquant.models import ModelError, build, generate, init_cache, load_state, save_state
 from jquant.models.generate import Sampling, sample
 from tests.models.cases import CONFIGS, make_params, make_tokens
 
@@ -52,6 +54,61 @@ def test_streams_each_token_as_it_comes():
     seen = []
     result = generate(APPLY, PARAMS, PROMPT, CONFIG, max_tokens=5, on_token=seen.append)
     np.testing.assert_array_equal(np.stack(seen, 1), result.tokens)
+
+
+def test_streaming_in_any_portion_gives_the_same_tokens():
+    whole = generate(APPLY, PARAMS, PROMPT, CONFIG, max_tokens=9)
+    for stream in (1, 5, 20):
+        seen = []
+        part = generate(APPLY, PARAMS, PROMPT, CONFIG, max_tokens=9, on_token=seen.append, stream=stream)
+        np.testing.assert_array_equal(part.tokens, whole.tokens)
+        np.testing.assert_array_equal(np.stack(seen, 1), whole.tokens)
+
+
+def test_prompts_of_any_length_are_continued_as_if_alone():
+    prompts = [PROMPT[0, :1], PROMPT[1], PROMPT[0, :4]]
+    result = generate(APPLY, PARAMS, prompts, CONFIG, max_tokens=7)
+    for row, prompt in enumerate(prompts):
+        np.testing.assert_array_equal(result.tokens[row], greedy(prompt[None], 7)[0])
+
+
+def test_the_loop_ends_when_every_row_has():
+    free = greedy(PROMPT, 12)
+    stops = [int(free[0, 3]), int(free[1, 5])]
+    result = generate(APPLY, PARAMS, PROMPT, CONFIG, max_tokens=12, stop_ids=stops)
+    assert result.tokens.shape[1] <= 6 and result.state.ended.all()
+    # A row that has ended takes no more room: its length is that of what was fed before.
+    assert result.state.cache["length"].tolist() == [6 + n for n in result.lengths.tolist()]
+
+
+@pytest.mark.parametrize("name", ["float32", "int8", "keys=int4-t8-asym,values=lloyd4-rot,sinks=2,residual=4"])
+def test_a_saved_state_goes_on_with_the_same_tokens(name, tmp_path):
+    draw = dict(temperature=1.5, key=jax.random.key(3))
+    cache = lambda: init_cache(CONFIG, 2, 24, name)
+    whole = generate(APPLY, PARAMS, PROMPT, cache=cache(), max_tokens=12, **draw)
+    first = generate(APPLY, PARAMS, PROMPT, cache=cache(), max_tokens=5, **draw)
+    save_state(tmp_path / "state", first.state)
+    state = load_state(tmp_path / "state")
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), first.state, state)
+    assert all(jax.tree.leaves(same))
+    rest = generate(APPLY, PARAMS, state=state, max_tokens=7, temperature=1.5)
+    np.testing.assert_array_equal(np.concatenate([first.tokens, rest.tokens], 1), whole.tokens)
+
+
+def test_a_pool_shared_by_rows_and_one_that_is_too_small():
+    whole = generate(APPLY, PARAMS, PROMPT, CONFIG, max_tokens=9)
+    paged = lambda pages: init_cache(CONFIG, 2, 16, pages=pages, page_size=4)
+    np.testing.assert_array_equal(generate(APPLY, PARAMS, PROMPT, cache=paged(8), max_tokens=9).tokens, whole.tokens)
+    with pytest.raises(CacheError, match="no page left for rows"):
+        generate(APPLY, PARAMS, PROMPT, cache=paged(5), max_tokens=9)
+
+
+def test_weights_and_cache_are_quantized_independently():
+    recipe = jq.Recipe({"*embed*": None, "*lm_head*": None, "*": jq.INT8})
+    q = jq.quantize(APPLY, PARAMS, recipe, jq.rtn(), [PROMPT])
+    done = generate(jq.quantized(APPLY), q, PROMPT, CONFIG, max_tokens=4, cache_format="int8")
+    plain = generate(APPLY, jq.dequantize(q), PROMPT, CONFIG, max_tokens=4, cache_format="int8")
+    np.testing.assert_array_equal(done.tokens, plain.tokens)
 
 
 def test_wrapped_apply_and_params_with_other_nodes():
@@ -113,6 +170,7 @@ def test_sampling_follows_the_distribution(sampling, expected):
     "change, message",
     [
         (dict(tokens=np.zeros((1, 0), int)), "at least one token"),
+        (dict(tokens=[[1, 2], []]), "prompt 1 of 2 must hold at least one token"),
         (dict(max_tokens=0), "max_tokens 0"),
         (dict(temperature=1.0), "needs a key"),
         (dict(temperature=-1.0), "negative"),

@@ -1,0 +1,244 @@
+"""Attention over a `KVCache`: softmax(q k / sqrt(D)) v, block by block of the cache, never the whole of it decoded.
+
+Shapes: B batch, L queries, K key/value heads, G query heads for each of them, D head_dim, n positions of a block.
+
+The parts of the cache (codes, sinks in float, window in float) are taken one after the other into one running softmax
+(Milakov & Gimelshein 2018; flash attention, arXiv 2205.14135). `codes_attention` is the part that reads codes. It takes
+the raw arrays and gives that running state, so a kernel can stand in its place.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jquant.core.errors import CacheError
+from jquant.kv_cache import paging
+from jquant.kv_cache.cache import Floats, KVCache, read_ranges
+from jquant.kv_cache.coding import Store, decode_vectors
+from jquant.kv_cache.format import CacheFormat
+from jquant.kv_cache.rotation import rotate, unrotate
+
+# Positions decoded at once. On two cores 256 x 64 floats of a head stay in the first two levels of the CPU's caches:
+# over int8 codes the products then take the time of products over floats; decoded whole, twice as much.
+_BLOCK = 256
+
+
+class Rules(NamedTuple):
+    """Which positions a query sees, and how scores are made: what all parts of a cache share.
+
+    Attributes:
+      at: int32 `[B, L]`, positions of the queries.
+      window: a query sees itself and the `window - 1` positions before it; None, all before it.
+      sink_tokens: so many first positions are seen from everywhere.
+      scale: what products are multiplied with.
+      soft_cap: scores are `cap * tanh(score / cap)`; None leaves them.
+    """
+
+    at: jax.Array
+    window: int | None
+    sink_tokens: int
+    scale: float
+    soft_cap: float | None
+
+
+class Running(NamedTuple):
+    """A softmax under way, float32: the largest score, the sum of exp(score - largest), the values weighted by those.
+
+    `[B, K, G, L, 1]`, `[B, K, G, L, 1]`, `[B, K, G, L, D]`.
+    """
+
+    top: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+
+def attend(
+    q: jax.Array,
+    cache: KVCache,
+    *,
+    positions: jax.Array | None = None,
+    window: int | None = None,
+    sink_tokens: int = 0,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    sink_logits: jax.Array | None = None,
+) -> jax.Array:
+    """Causal grouped-query attention of `q` over what the cache holds.
+
+    Args:
+      q: `[batch, tokens, heads, head_dim]`, heads a multiple of kv_heads: query head h reads key head h // G.
+      cache: with the queries' own keys and values already appended.
+      positions: int32 `[batch, tokens]`, where the queries stand; by default they are the last tokens of each sequence.
+        After an append with `counts`, give `length before it + arange(tokens)`: what stands behind the counted tokens
+        gets some finite result.
+      window: sliding window: a query sees itself and the `window - 1` tokens before it.
+      sink_tokens: the first tokens of a sequence that are seen in spite of the window (StreamingLLM, arXiv 2309.17453).
+        A ring must keep them in float (`CacheFormat.sinks`).
+      soft_cap: scores become `soft_cap * tanh(score / soft_cap)` (Gemma 2).
+      scale: of the products; 1 / sqrt(head_dim) by default.
+      sink_logits: `[heads]`, a learned logit beside the scores that takes its share of the softmax (gpt-oss).
+
+    Returns:
+      `[batch, tokens, heads, head_dim]` in the dtype of `q`. Zeros for a query that sees nothing, NaN for a sequence
+      that did not fit into the cache.
+
+    Raises:
+      CacheError: shapes that do not fit, or a ring that is too short for the window.
+    """
+    batch, tokens, heads, dim = q.shape
+    kv_heads = cache.keys.codes[0].shape[1]
+    _check(q, cache, kv_heads, window, sink_tokens)
+    if positions is None:
+        positions = cache.length[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
+    rules = Rules(positions, window, sink_tokens, dim**-0.5 if scale is None else scale, soft_cap)
+    q5 = q.astype(jnp.float32).reshape(batch, tokens, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    state = codes_attention(
+        q5, cache.keys, cache.values, cache.format, rules, read_ranges(cache),
+        center=cache.center, gain=cache.gain, table=cache.table, page_size=cache.page_size, capacity=cache.capacity,
+        ring=cache.ring,
+    )  # fmt: skip
+    for part, at in _float_parts(cache):
+        state = _take_in(state, q5, *(a.astype(jnp.float32) for a in part), at, rules)
+    if sink_logits is not None:
+        state = _take_logits(state, sink_logits.astype(jnp.float32).reshape(kv_heads, -1, 1, 1))
+    out = state.out / jnp.where(state.total == 0, 1, state.total)
+    out = jnp.where(cache.overflow[:, None, None, None, None], jnp.nan, out)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _check(q: jax.Array, cache: KVCache, kv_heads: int, window: int | None, sink_tokens: int) -> None:
+    batch, tokens, heads, dim = q.shape
+    if batch != cache.length.shape[0] or dim != cache.head_dim or heads % kv_heads:
+        raise CacheError(
+            f"attend: queries {q.shape} must be [batch {cache.length.shape[0]}, tokens, a multiple of {kv_heads} "
+            f"heads, head_dim {cache.head_dim}]"
+        )
+    if window is not None and window < 1:
+        raise CacheError(f"attend: window {window} must be at least 1, or None")
+    if cache.ring and window is not None and cache.capacity < window + tokens - 1:
+        raise CacheError(
+            f"attend: a ring of {cache.capacity} positions has lost what the first of {tokens} queries sees through a "
+            f"window of {window}; give init length >= {window + tokens - 1}, or append fewer tokens at once"
+        )
+    if cache.ring and sink_tokens > cache.format.sinks:
+        raise CacheError(
+            f"attend: a ring overwrites the first {sink_tokens} tokens; keep them in float: sinks={sink_tokens} in the "
+            "format"
+        )
+
+
+def codes_attention(
+    q: jax.Array,
+    keys: Store,
+    values: Store,
+    fmt: CacheFormat,
+    rules: Rules,
+    ranges: tuple[jax.Array, jax.Array],
+    *,
+    center: jax.Array | None,
+    gain: jax.Array | None,
+    table: jax.Array | None,
+    page_size: int,
+    capacity: int,
+    ring: bool,
+) -> Running:
+    """The part of attention that reads codes: float32 `q` `[B, K, G, L, D]` over raw arrays of codes and scales.
+
+    `ranges` are those of `cache.read_ranges`, the other arguments those of `KVCache`.
+    """
+    dim = q.shape[-1]
+    end, written = ranges
+    turned = rotate(q if gain is None else q * gain[:, None, None], fmt.keys.rotations, fmt.seed)
+    shift = 0.0 if center is None else jnp.einsum("bkgld,kd->bkgl", q, center)[..., None]
+    step = page_size or fmt.tokens
+    size = min(capacity, max(step, _BLOCK // step * step))
+
+    def block(i: jax.Array, state: Running) -> Running:
+        start = jnp.minimum(i * size, capacity - size)  # the last block may overlap the one before it
+        slots = start + jnp.arange(size, dtype=jnp.int32)
+        at = slots[None] if not ring else written[:, None] - 1 - (written[:, None] - 1 - slots) % capacity
+        seen = (at >= fmt.sinks) & (at < end[:, None]) & (slots >= i * size)
+        read = lambda store, coding: decode_vectors(_slice(store, table, start, size), coding, dim)
+        (k, k_scale), (v, v_scale) = read(keys, fmt.keys), read(values, fmt.values)
+        return _take_in(state, turned, k, v, jnp.where(seen, at, -1), rules, k_scale, v_scale, shift)
+
+    empty = jnp.zeros(q.shape[:-1] + (1,), jnp.float32)
+    state = Running(empty - jnp.inf, empty, jnp.zeros(q.shape, jnp.float32))
+    last = jnp.max(jnp.minimum(written, capacity))
+    first = jnp.zeros((), jnp.int32)
+    if rules.window is not None and not ring and rules.sink_tokens <= fmt.sinks:
+        first = jnp.maximum(jnp.min(rules.at) - rules.window + 1, 0) // size
+    state = jax.lax.fori_loop(first, (last + size - 1) // size, block, state)
+    return state._replace(out=unrotate(state.out, fmt.values.rotations, fmt.seed))
+
+
+def _slice(store: Store, table: jax.Array | None, start: jax.Array, size: int) -> Store:
+    codes = tuple(paging.read(c, table, start, size) for c in store.codes)
+    total = store.codes[0].shape[2]
+
+    def small(a: jax.Array | None) -> jax.Array | None:  # scales: one for a token, or for a block of tokens
+        if a is None:
+            return None
+        per = total // a.shape[2]
+        return paging.read(a, table, start // per, size // per)
+
+    return Store(codes, small(store.scale), small(store.zero_point), store.static)
+
+
+def _float_parts(cache: KVCache) -> list[tuple[Floats, jax.Array]]:
+    """Sinks and window, and the positions `[B, slots]` of what they hold; -1 for what is not read from there."""
+    parts = []
+    if cache.sinks is not None:
+        at = jnp.arange(cache.format.sinks, dtype=jnp.int32)
+        parts.append((cache.sinks, jnp.where(at < cache.length[:, None], at, -1)))
+    if cache.window is not None:
+        size, last = cache.window.keys.shape[2], cache.length[:, None] - 1
+        at = last - (last - jnp.arange(size, dtype=jnp.int32)) % size
+        first = jnp.maximum(read_ranges(cache)[0], cache.format.sinks)
+        parts.append((cache.window, jnp.where(at >= first[:, None], at, -1)))
+    return parts
+
+
+def _take_in(
+    state: Running,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    at: jax.Array,
+    rules: Rules,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    shift: jax.Array | float = 0.0,
+) -> Running:
+    """The softmax with some more keys and values `[B, K, n, D]`, at positions `at` `[B, n]` (-1: nothing there)."""
+    scores = jnp.einsum("bkgld,bknd->bkgln", q, k)
+    if k_scale is not None:
+        scores = scores * k_scale[:, :, None, None, :]
+    scores = (scores + shift) * rules.scale
+    if rules.soft_cap is not None:
+        scores = rules.soft_cap * jnp.tanh(scores / rules.soft_cap)
+    scores = jnp.where(_sees(at, rules)[:, None, None], scores, -jnp.inf)
+    top = jnp.maximum(state.top, jnp.max(scores, axis=-1, keepdims=True))
+    base = jnp.where(top == -jnp.inf, 0, top)  # where nothing has been seen yet
+    weights, kept = jnp.exp(scores - base), jnp.exp(state.top - base)
+    total = state.total * kept + jnp.sum(weights, axis=-1, keepdims=True)
+    if v_scale is not None:
+        weights = weights * v_scale[:, :, None, None, :]
+    return Running(top, total, state.out * kept + jnp.einsum("bkgln,bknd->bkgld", weights, v))
+
+
+def _sees(at: jax.Array, rules: Rules) -> jax.Array:
+    """bool `[B, L, n]`: whether a query sees a position."""
+    keys, queries = at[:, None, :], rules.at[:, :, None]
+    sees = (keys >= 0) & (keys <= queries)
+    if rules.window is None:
+        return sees
+    return sees & ((keys > queries - rules.window) | (keys < rules.sink_tokens))
+
+
+def _take_logits(state: Running, logits: jax.Array) -> Running:
+    """The softmax with one more entry, which has no value."""
+    top = jnp.maximum(state.top, logits)
+    kept = jnp.exp(state.top - top)
+    return Running(top, state.total * kept + jnp.exp(logits - top), state.out * kept)
