@@ -99,7 +99,8 @@ def attend(
         ring=cache.ring,
     )  # fmt: skip
     for part, at in _float_parts(cache):
-        state = _take_in(state, q5, *(a.astype(jnp.float32) for a in part), at, rules)
+        keys, values = (a.astype(jnp.float32) for a in part)
+        state = _take_in(state, q5, keys, values, at, rules)
     if sink_logits is not None:
         state = _take_logits(state, sink_logits.astype(jnp.float32).reshape(kv_heads, -1, 1, 1))
     out = state.out / jnp.where(state.total == 0, 1, state.total)

@@ -52,7 +52,7 @@ class Store(NamedTuple):
 def encode_vectors(x: jax.Array, coding: Coding, static: jax.Array | None) -> Store:
     """Encodes `x` `[.., kv_heads, T, D]`, already rotated; with blocks of tokens, T is a multiple of N."""
     if coding.is_float:
-        return Store((x.astype(coding.format),), None, None, static)
+        return Store((x.astype(str(coding.format)),), None, None, static)
     x = x.astype(jnp.float32)
     if coding.tokens > 1:
         blocks = x.reshape(*x.shape[:-2], -1, coding.tokens, x.shape[-1]).swapaxes(-1, -2)  # [.., T / N, D, N]
@@ -88,6 +88,7 @@ def decode_vectors(store: Store, coding: Coding, dim: int) -> tuple[jax.Array, j
 def _params(store: Store, fmt: Format) -> BlockParams:
     given = () if store.static is None else (store.static[:, None, None],)
     if fmt.block == "tensor":
+        assert given
         return BlockParams(given[0], None)
     assert store.scale is not None
     return BlockParams(store.scale, store.zero_point, given)

@@ -40,7 +40,7 @@ def load_state(path: str | os.PathLike[str]) -> State:
         raise CheckpointError(f"{path}: a checkpoint without a generation's state; write it with save_state")
     leaves = checkpoint.load(path)
     layers = {name: jax.eval_shape(lambda s=settings: _empty(s)) for name, settings in noted["layers"].items()}
-    slot = jax.ShapeDtypeStruct((), jnp.int32)
+    slot: Any = jax.ShapeDtypeStruct((), jnp.int32)
     like = State({"length": slot, "layers": layers}, slot, slot, slot, slot)
     flat, structure = flatten_with_paths(like)
     if missing := [name for name, _ in flat if name not in leaves]:
