@@ -39,7 +39,7 @@ def test_equals_the_dequantized_model_and_runs_as_fused_as_without(model: Model,
     q = with_sides(model, fmt)
     want = plain(model.name)(dequantize(q), *model.args)
     # Operands in bfloat16 are rounded one by one here, and their sum there.
-    in_16_bits = "bf16" in str(jax.make_jaxpr(lambda q: plain(model.name)(q, *model.args))(dequantize(q)))
+    in_16_bits = "bf16" in str(plain(model.name).trace(dequantize(q), *model.args).jaxpr)
     assert_same(quantized(model.name)(q, *model.args), want, rtol=2**-7 if in_16_bits else 1e-5)
     reads = jq.explain(model.apply, q, *model.args, **model.kwargs)
     assert sum(r.fused for r in reads) == model.fused
