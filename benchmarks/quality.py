@@ -60,7 +60,7 @@ FAMILIES = {
 }
 ROWS = list(dict.fromkeys([
     *(f"{BEST}:{f}" for f in (INT4, INT4A, INT3A, W8A8, FP8, "nvfp4-4o6", "mxfp4")), *PEER,
-    "rtn:mxfp4", "rtn:nvfp4", "rtn:int8+int8-mse-asym", *(f"{m}:{W4A8}" for m in ("smoothquant+rtn", f"rotate+{GPTQ}", BEST)),
+    f"{GPTQ}:{FP8}", "rtn:mxfp4", "rtn:nvfp4", "rtn:int8+int8-mse-asym", *(f"{m}:{W4A8}" for m in ("smoothquant+rtn", f"rotate+{GPTQ}", BEST)),
 ]))  # fmt: skip
 
 
@@ -69,7 +69,7 @@ ROWS = list(dict.fromkeys([
 TRIED = [
     f"rotate+{GPTQ}:{INT4}", f"rotate+gptq(act_order=True,search=True):{INT4}", f"{BEST}:{INT4}",
     f"{BEST}:{W8A8}", f"rotate+smoothquant-search+best:{W8A8}",
-    f"rtn:{FP8}", f"{BEST}:{FP8}", f"rotate+smoothquant-search+best:{FP8}",
+    f"rtn:{FP8}", f"{BEST}:{FP8}", f"rotate+smoothquant-search+best:{FP8}", f"best:{FP8}", f"{GPTQ}:{FP8}",
 ]  # fmt: skip
 
 
@@ -116,6 +116,10 @@ def _bytes(jq, qparams) -> dict:
     return {"weight_bytes": sum(x.nbytes for x in weights) + maps, "weights": sum(x.size for x in weights)}
 
 
+def _seconds(r: dict) -> str:
+    return f"({r['seconds']:.0f})" if r.get("busy") else f"{r['seconds']:.0f}"
+
+
 def table(kept: dict[str, dict]) -> str:
     """Markdown: ours and the peer's."""
     lines = [
@@ -128,7 +132,7 @@ def table(kept: dict[str, dict]) -> str:
         peer = f"{p[2]:.4f} | {p[1]:.2f} | {p[3]:.1%} | {p[4]} | {p[5]:.1f}" if p else " | | | |"
         lines.append(
             f"| {fmt} | {method} | {r['bytes'] / 1e6:.1f} | {r['weight_bytes'] / r['weights']:.4f} | {r['kl']:.4f} ± {r['kl_stderr']:.4f} "
-            f"| {r['ppl']:.2f} | {r['top1']:.1%} | {r['seconds']:.0f} | {r['peak_gb']:.2f} | {r['gflops']:.0f} | {peer} |"
+            f"| {r['ppl']:.2f} | {r['top1']:.1%} | {_seconds(r)} | {r['peak_gb']:.2f} | {'' if r.get('busy') else round(r['gflops'])} | {peer} |"
         )
     some = next(iter(kept.values()))
     return "\n".join([*lines, "", *_goals(kept)]) + (
@@ -152,10 +156,10 @@ def _goals(kept: dict[str, dict]) -> list[str]:
 
 def _tried(kept: dict[str, dict]) -> str:
     """Markdown: what was tried."""
-    lines = ["", "## What was tried", "", "On 16 windows of the calibration text that no solver saw; settings are chosen here.", ""]
+    lines = ["", "## What was tried", "", "On 16 windows of the calibration text that no solver saw; settings are chosen here. Seconds in parentheses: beside other work.", ""]
     lines += ["| format | method | KL | seconds |", "|" + "---|" * 4]
     rows = [(*row.split(":")[::-1], kept[row]) for row in TRIED if row in kept]
-    return "\n".join(lines + [f"| {f} | {m} | {r['kl']:.4f} ± {r['kl_stderr']:.4f} | {r['seconds']:.0f} |" for f, m, r in rows]) + "\n"
+    return "\n".join(lines + [f"| {f} | {m} | {r['kl']:.4f} ± {r['kl_stderr']:.4f} | {_seconds(r)} |" for f, m, r in rows]) + "\n"
 
 
 def plot(kept: dict[str, dict], path: Path) -> None:
