@@ -9,7 +9,7 @@
 Protocol of "KL": the first two windows of 2048 tokens of data/evaluation.txt; keys and values are rounded as they enter
 attention (all of them, but sinks: no residual window); mean over all positions of KL(float cache || cache), nats. "KL in
 chunks" feeds 64 tokens at a time into the cache as it is, residual window and all: what decoding reads. The other columns are
-means over the 256 positions before a context length. "+eased" behind a format: with the `key_settings` of 4 windows of 512
+means over the 256 positions before a context length. "+eased" behind a format: with the `key_settings` of 4 windows of 2048
 tokens of calibration.txt. Results are kept in benchmarks/results/kv_cache.json.
 """
 
@@ -97,7 +97,7 @@ def quality(model: Any, row: str, all_windows: np.ndarray, references: list) -> 
 
 
 def _eased(model: Any) -> Any:
-    return jq.models.key_settings(model.params, model.config, windows(model, "calibration", 4, 512))
+    return jq.models.key_settings(model.params, model.config, windows(model, "calibration", 4, 2048))
 
 
 def speed(model: Any, rows: list[str], context: int, steps: int = 16) -> dict[str, float]:
