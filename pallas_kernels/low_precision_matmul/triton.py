@@ -2,8 +2,11 @@
 
 The scales multiply the sums: those of rows at the end, those of groups (128, as in DeepSeek-V3, arXiv 2412.19437,
 section 3.3) at the end of each group. The weight is the left operand of the tensor core, so that few rows of
-activations cost little. Where the GPU has no fp8 product (compute capability below 8.9), the codes are upcast to
-float16 in registers.
+activations cost little.
+
+Only int8 has tensor-core products of its own here. Triton has none of fp8 whose sums are float32 throughout, and
+upcasts to float16 in registers instead (before compute capability 8.9 this kernel does it itself): fp8 codes save
+bytes, which is what few rows want; for many rows XLA's own fp8 product is the one to take.
 """
 
 from functools import partial
