@@ -40,8 +40,8 @@ class Settings(NamedTuple):
 
 
 def learned_rotation(
-    seed: int = 0, *, objective: str = "network", steps: int | None = None, learning_rate: Any = 1.5, momentum: float = 0.9,
-    batch: int | None = None, checks: int = 2, stream: bool = True, heads: bool = True,
+    seed: int = 0, *, objective: str = "network", steps: int | None = None, learning_rate: Any = 1.5,
+    momentum: float = 0.9, batch: int | None = None, checks: int = 2, stream: bool = True, heads: bool = True,
 ) -> Method:  # fmt: skip
     """SpinQuant's learned rotations (arXiv 2405.16406) R1 and R2, found in the jaxpr and merged into the weights.
 
