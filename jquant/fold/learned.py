@@ -22,6 +22,7 @@ from jquant.progress import Progress
 _OBJECTIVES: dict[str, Callable[[Folding, Ready, Turns], Objective]] = {
     "network": objectives.network, "layers": objectives.layers,
 }  # fmt: skip
+_STEPS = {"network": 20, "layers": 60}
 _BATCH = {"network": 1, "layers": 8}
 _CHECKED = {"network": 8, "layers": None}
 
@@ -39,8 +40,8 @@ class Settings(NamedTuple):
 
 
 def learned_rotation(
-    seed: int = 0, *, objective: str = "layers", steps: int = 100, learning_rate: Any = 1.5, momentum: float = 0.9,
-    batch: int | None = None, checks: int = 2, stream: bool = True, heads: bool = True,
+    seed: int = 0, *, objective: str = "network", steps: int | None = None, learning_rate: Any = 1.5,
+    momentum: float = 0.9, batch: int | None = None, checks: int = 2, stream: bool = True, heads: bool = True,
 ) -> Method:  # fmt: skip
     """SpinQuant's learned rotations (arXiv 2405.16406) R1 and R2, found in the jaxpr and merged into the weights.
 
@@ -57,7 +58,8 @@ def learned_rotation(
         the layers' outputs, tr(E H E^T) / tr(W H W^T), under the second moments of the float model's inputs; rounding
         of inputs is not seen. A step looks at a few layers, and all Gram matrices are in memory (n x n float32 for
         every distinct input).
-      steps: how many; 0 is `rotate(seed)`, bit for bit.
+      steps: how many; 0 is `rotate(seed)`, bit for bit. None for 20 of "network" and 60 of "layers", the numbers that
+        were measured.
       learning_rate: a number, that falls linearly to zero as in the paper; an optax schedule; or any
         `optax.GradientTransformation`, of the gradients in the skew matrices `[k, n, n]` of the blocks of one size.
         They are those of the objective as a share of its start, so that a number means the same for any model.
@@ -75,6 +77,7 @@ def learned_rotation(
     """
     if objective not in _OBJECTIVES:
         raise ValueError(f'learned_rotation: objective must be "network" or "layers", not {objective!r}')
+    steps = _STEPS[objective] if steps is None else steps
     if steps < 0 or checks < 1 or not 0 <= momentum < 1 or (batch is not None and batch < 1):
         raise ValueError(
             "learned_rotation: needs steps >= 0, checks >= 1, batch >= 1 and 0 <= momentum < 1, got "
@@ -101,7 +104,7 @@ def learned_rotation(
 
     rate = learning_rate if isinstance(learning_rate, int | float) else _named(learning_rate)
     name = call(
-        "learned_rotation", seed=(seed, 0), objective=(objective, "layers"), steps=(steps, 100),
+        "learned_rotation", seed=(seed, 0), objective=(objective, "network"), steps=(steps, _STEPS[objective]),
         learning_rate=(rate, 1.5), momentum=(momentum, 0.9), batch=(how.batch, _BATCH[objective]), checks=(checks, 2),
         stream=(stream, True), heads=(heads, True),
     )  # fmt: skip

@@ -30,7 +30,7 @@ from tests.interrupts import interrupt_walk
 from tests.problems import weights
 
 INT3 = jq.parse_format("int3-g6")
-FAST = partial(jq.learned_rotation, steps=10, batch=4, learning_rate=1.0)
+FAST = partial(jq.learned_rotation, objective="layers", steps=10, batch=4, learning_rate=1.0)
 
 
 def _same(a, b):
