@@ -63,7 +63,7 @@ def run(cache_format: str, tokens: jax.Array) -> tuple[jax.Array, int]:
         logits, changed = model.apply({"params": params, "cache": cache}, token[:, None], mutable=["cache"])
         return changed["cache"], logits[:, 0]
 
-    return jax.jit(lambda cache: jax.lax.scan(step, cache, tokens.T)[1], donate_argnums=0)(cache), size
+    return jax.jit(lambda cache: jax.lax.scan(step, cache, tokens.T), donate_argnums=0)(cache)[1], size
 
 
 def main() -> None:
