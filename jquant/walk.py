@@ -2,8 +2,8 @@
 
 The model's line of parts (`trace.program`) is run once. In front of each group of matmuls that share an input the walk
 stops, accumulates that input's statistics over all batches, has the group solved, and goes on with the quantized
-weights. It holds the parameters, the activations that cross the cut, two batches of a part's temporaries and one group's
-statistics.
+weights. It holds the parameters, the activations that cross the cut, two batches of a part's temporaries and one
+group's statistics.
 
 For methods that ask for "cross" the float model walks beside it, part by part, on its own activations.
 """

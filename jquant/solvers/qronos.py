@@ -41,8 +41,8 @@ def qronos(
     """GPTQ with the float model's outputs as the goal, on the quantized model's inputs.
 
     The walk carries the activations of both models; the float one's as what it differs by, in bfloat16. That costs
-    time (`benchmarks/quality.py --tried`: 239 s where `gptq` takes 144) and memory. Weights with an axis of their own in
-    common with their inputs (experts) are solved as by `gptq`: their two inputs may hold different tokens.
+    time (`benchmarks/quality.py --tried`: 239 s where `gptq` takes 144) and memory. Weights with an axis of their own
+    in common with their inputs (experts) are solved as by `gptq`: their two inputs may hold different tokens.
 
     Args:
       act_order, damp, block_size, search: as in `gptq`.
