@@ -15,7 +15,7 @@ from jquant.core.method import Folding, Method
 from jquant.core.text import call
 from jquant.fold import cayley, objectives
 from jquant.fold.objectives import Objective, Stacks, Turns, group_blocks
-from jquant.fold.rotate import NO_STREAM, Ready, find_blocks, fold_gains, proven, rotated, start_matrix
+from jquant.fold.rotate import Ready, begun, fold_gains, proven, rotated, start_matrix
 from jquant.fold.rotations import Block
 from jquant.progress import Progress
 
@@ -89,12 +89,9 @@ def learned_rotation(
 
     def fold(job: Folding) -> Any:
         job = job._replace(params=fold_gains(job, "learned_rotation"))  # nothing holds the old ones
-        ready = find_blocks(job, stream, heads)
-        start = lambda block: start_matrix(seed, block)
-        good = proven(ready, "learned_rotation", start)
-        if stream and not any(b.norm for b in good):
-            job.miss("learned_rotation", NO_STREAM)
+        start: Callable[[Block], np.ndarray] = partial(start_matrix, seed)
         matrix_of = start
+        ready, good = begun(job, "learned_rotation", start, stream, heads)
         if good and steps:
             turns = group_blocks(good)
             matrix_of = _matrices(turns, learn(_OBJECTIVES[objective](job, ready, turns), turns, how), start)

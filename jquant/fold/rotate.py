@@ -1,6 +1,7 @@
 """Random rotations of the residual stream and of the attention heads, merged into the weights."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,14 +39,22 @@ def rotate(seed: int = 0, *, stream: bool = True, heads: bool = True) -> Method:
 
     def fold(job: Folding) -> Any:
         job = job._replace(params=fold_gains(job, "rotate"))  # nothing holds the old ones
-        ready = find_blocks(job, stream, heads)
-        matrix_of = lambda block: start_matrix(seed, block)
-        good = proven(ready, "rotate", matrix_of)
-        if stream and not any(b.norm for b in good):
-            job.miss("rotate", NO_STREAM)
+        matrix_of = partial(start_matrix, seed)
+        ready, good = begun(job, "rotate", matrix_of, stream, heads)
         return rotated(ready, good, matrix_of)
 
     return Method(call("rotate", seed=(seed, 0), stream=(stream, True), heads=(heads, True)), None, folds=(fold,))
+
+
+def begun(
+    job: Folding, name: str, matrix_of: Callable[[Block], np.ndarray], stream: bool, heads: bool
+) -> tuple["Ready", list[Block]]:
+    """Of a model whose gains are folded: what can be rotated, and the blocks that are proven with these matrices."""
+    ready = find_blocks(job, stream, heads)
+    good = proven(ready, name, matrix_of)
+    if stream and not any(b.norm for b in good):
+        job.miss(name, NO_STREAM)
+    return ready, good
 
 
 def start_matrix(seed: int, block: Block) -> np.ndarray:
