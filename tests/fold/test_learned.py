@@ -245,7 +245,7 @@ def test_the_float64_model_stays_the_same(name):
     """RMSNorm, LayerNorm (the vector of ones is kept), scanned layers, a tied table, experts."""
     model = BANK[name]
     with jax.enable_x64(name != "gpt2_nnx"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "learned_rotation: no residual stream", jq.JQuantWarning)
+        warnings.filterwarnings("ignore", "(learned_rotation|rotate): no residual stream", jq.JQuantWarning)
         params, args = (model.params, model.args) if name == "gpt2_nnx" else widened((model.params, model.args))
         after = folded(FAST(), model.apply, params, args)
         start = folded(jq.rotate(), model.apply, params, args)
