@@ -205,11 +205,15 @@ def row_params(params: BlockParams, fmt: Format, m: int) -> tuple[jax.Array, jax
 
 def spread(per_block: jax.Array, fmt: Format, n: int) -> jax.Array:
     """Repeats a per-block value for the elements of its block: `[..., blocks]` -> `[..., n]` (or `[..., 1]`)."""
-    if fmt.group_size is None:
+    return spread_groups(per_block, fmt.group_size, n)
+
+
+def spread_groups(per_block: jax.Array, size: int | None, n: int) -> jax.Array:
+    """`spread` for blocks of `size` elements, None for one block."""
+    if size is None:
         return per_block
-    blocks = per_block.shape[-1]
-    out = jnp.broadcast_to(per_block[..., None], (*per_block.shape, fmt.group_size))
-    return out.reshape(*per_block.shape[:-1], blocks * fmt.group_size)[..., :n]
+    out = jnp.broadcast_to(per_block[..., None], (*per_block.shape, size))
+    return out.reshape(*per_block.shape[:-1], per_block.shape[-1] * size)[..., :n]
 
 
 # --- codes ---

@@ -19,7 +19,8 @@ from jax import lax
 from jquant.core.activation import Activation, encode_input
 from jquant.core.formats import ELEMENTS, BlockParams, Format, decode, decode_codes
 from jquant.core.qtensor import QTensor
-from jquant.ops.dot import beside, one_row, reads_one_row
+from jquant.ops.dot import beside
+from jquant.ops.dot import dot as float_dot
 
 _INT32_MAX = 2**31 - 1
 _FULL = lax.Precision.HIGHEST
@@ -257,9 +258,7 @@ def _decoded(codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...]) ->
     assert q.activation is not None
     ones = jnp.ones((*codes.shape[:-1], 1), jnp.float32)
     a = decode(codes, BlockParams(ones, zero), q.activation.format)
-    if not batch and reads_one_row(a, q):
-        return one_row(a, q)
-    return _layout(q, batch).contract(a, q.rows(), jnp.float32)
+    return float_dot(a, q.replace(side=None), batch=batch, precision=_FULL, preferred=jnp.float32)[0]
 
 
 KINDS = {

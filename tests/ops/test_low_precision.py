@@ -184,7 +184,7 @@ def test_fp8_is_multiplied_as_fp8(platform):
 
 def test_on_a_cpu_fp8_is_bfloat16_and_groups_are_floats():
     assert lowered(Format("fp8_e4m3"), Activation("fp8_e4m3"), "cpu") == [("bf16", "bf16", "f32")]
-    assert lowered(Format("int4", 16), Activation(), "cpu") == [("f32", "f32", "f32")]
+    assert set(lowered(Format("int4", 16), Activation(), "cpu")) == {("f32", "f32", "f32")}
 
 
 # --- rounding with a derivative ---
