@@ -54,7 +54,7 @@ def _moved(rows: jax.Array, gram: jax.Array, cross: jax.Array, *, settings: Sett
     h, dead = unit_hessian(gram)
     order = jnp.argsort(-jnp.diagonal(h), stable=True) if settings.act_order else jnp.arange(len(h))
     h, c, dead = h[order][:, order], cross[order][:, order], dead[order]
-    u, d, _ = damped_udu(h + jnp.diag(dead), settings.damp)
+    u, d, _ = damped_udu(h, settings.damp, dead)
     v = unit_upper_inverse(u)
     p = jnp.matmul(jnp.triu(jnp.matmul(c, v.T, precision=HIGHEST), 1) / d, v, precision=HIGHEST)
     return jnp.matmul(rows[:, order], p, precision=HIGHEST)[:, jnp.argsort(order)]

@@ -131,7 +131,7 @@ def _solve_one(
     order = jnp.argsort(-jnp.diagonal(h), stable=True) if act_order else jnp.arange(n)
     if act_order:
         h, dead = h[order][:, order], dead[order]
-    u, d, damping = damped_udu(h + jnp.diag(dead), damp)
+    u, d, damping = damped_udu(h, damp, dead)
     columns = ldlq.Columns(
         w=rows.T.astype(h.dtype)[order] if act_order else rows.T.astype(h.dtype),
         d=d,

@@ -12,28 +12,43 @@ HIGHEST = lax.Precision.HIGHEST  # never TF32 or bf16 passes: a solver's float32
 MAX_DAMPING = 10.0
 
 
-def cholesky(a: jax.Array) -> jax.Array:
-    """The lower triangular L with A = L L^T, by block columns, each updated by those to its left.
+def udu(h: jax.Array, added: jax.Array | float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """H + diag(added) = U D U^T with U unit upper triangular and D diagonal.
+
+    With R = U D^1/2 upper triangular, H = R R^T is a Cholesky factorization that begins in the last corner. It goes by
+    block columns from the last to the first, each updated by those to its right:
+
+        R_jj R_jj^T = H_jj - sum_{k>j} R_jk R_jk^T,    R_ij = (H_ij - sum_{k>j} R_ik R_jk^T) R_jj^-T  for i < j
 
     Args:
-      a: `[n, n]`, symmetric positive definite; its upper triangle is not read.
+      h: `[n, n]`, symmetric positive definite; below its diagonal nothing is read.
+      added: `[n]` or a scalar.
 
     Returns:
-      L, `[n, n]`, not finite if `a` isn't numerically definite.
+      U `[n, n]` and the diagonal of D `[n]`, in the dtype of `h`. Where the sum isn't numerically definite, D isn't
+      finite (nor wherever U isn't: each of its entries goes into a later corner).
     """
-    n = len(a)
+    n = len(h)
     count = 1 if n < 256 else 4 if n < 2048 else 8  # more would be longer to compile
     cuts = [n * i // count for i in range(count + 1)]
-    panels: list[jax.Array] = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
-        panel = a[start:, start:stop]
-        for left in panels:
-            left = left[start - n :]
-            panel = panel - jnp.matmul(left, left[: stop - start].T, precision=HIGHEST)
-        top = jnp.tril(lax.linalg.cholesky(panel[: stop - start], symmetrize_input=False))
-        below = jnp.matmul(panel[stop - start :], lower_inverse(top).T, precision=HIGHEST) if stop < n else panel[:0]
-        panels.append(jnp.concatenate([top, below]))
-    return jnp.concatenate([jnp.pad(p, ((n - len(p), 0), (0, 0))) for p in panels], axis=1)
+    added = jnp.broadcast_to(jnp.asarray(added, h.dtype), n)
+    roots: list[jax.Array] = []
+    diagonals: list[jax.Array] = []
+    units: list[jax.Array] = []
+    for start, stop in reversed(list(zip(cuts, cuts[1:], strict=False))):
+        panel = h[:stop, start:stop]
+        for right in roots:
+            panel = panel - jnp.matmul(right[:stop], right[start:stop].T, precision=HIGHEST)
+        corner = (panel[start:] + jnp.diag(added[start:stop]))[::-1, ::-1]
+        corner = jnp.tril(lax.linalg.cholesky(corner, symmetrize_input=False))
+        diagonal = jnp.diagonal(corner)[::-1]
+        above = jnp.matmul(panel[:start], lower_inverse(corner)[::-1, ::-1].T, precision=HIGHEST) if start else panel[:0]
+        root = jnp.concatenate([above, corner[::-1, ::-1]])
+        unit = jnp.concatenate([above / diagonal, jnp.triu(root[start:] / diagonal, 1) + jnp.eye(stop - start)])
+        roots.append(root)
+        diagonals.append(diagonal)
+        units.append(jnp.pad(unit.astype(h.dtype), ((0, n - stop), (0, 0))))
+    return jnp.concatenate(units[::-1], axis=1), jnp.concatenate(diagonals[::-1]) ** 2
 
 
 def lower_inverse(lower: jax.Array) -> jax.Array:
@@ -57,45 +72,27 @@ def unit_upper_inverse(u: jax.Array) -> jax.Array:
     return lower_inverse(reverse)[::-1, ::-1]
 
 
-def udu(h: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """H = U D U^T with U unit upper triangular and D diagonal.
-
-    The Cholesky factor of H with rows and columns reversed is lower triangular; reversed back it is upper triangular.
-
-    Args:
-      h: `[n, n]`, symmetric positive definite.
-
-    Returns:
-      U `[n, n]` and the diagonal of D `[n]`, in the dtype of `h`; not finite if `h` isn't numerically definite.
-    """
-    root = cholesky(h[::-1, ::-1])[::-1, ::-1]
-    diagonal = jnp.diagonal(root)
-    return jnp.triu(root / diagonal, 1) + jnp.eye(len(h), dtype=h.dtype), diagonal**2
-
-
-def damped_udu(h: jax.Array, damp: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`udu(h + damping I)` with the smallest damping of damp, 10 damp, 100 damp, ... that makes it finite.
+def damped_udu(
+    h: jax.Array, damp: float, added: jax.Array | float = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`udu(h, added + damping)` with the smallest damping of damp, 10 damp, 100 damp, ... that makes it finite.
 
     Args:
       h: `[n, n]`, symmetric, with a mean diagonal of about 1.
       damp: the first damping tried. After 0 comes 1e-6; after `MAX_DAMPING` U = D = I is returned.
+      added: `[n]` or a scalar, added to the diagonal in any case.
 
     Returns:
       U `[n, n]`, the diagonal of D `[n]`, and the damping used, a scalar. All in the dtype of `h`.
     """
-    eye = jnp.eye(h.shape[0], dtype=h.dtype)
+    last = 1.01 * max(MAX_DAMPING, damp)
 
-    def unfinished(state):
-        u, d, _, following = state
-        return ~(jnp.isfinite(d).all() & jnp.isfinite(u).all()) & (following <= 1.01 * max(MAX_DAMPING, damp))
-
-    def attempt(state):
-        _, _, _, damping = state
-        return *udu(h + damping * eye), damping, jnp.maximum(10 * damping, 1e-6)
+    def attempt(state):  # one factorization in the program, so that it compiles once
+        _, _, used, damping = state
+        identity = lambda h: (jnp.eye(len(h), dtype=h.dtype), jnp.ones_like(h[0]))
+        u, d = lax.cond(damping <= last, lambda h: udu(h, added + damping), identity, h)
+        return u, d, jnp.where(damping <= last, damping, used), jnp.maximum(10 * damping, 1e-6)
 
     first = jnp.asarray(damp, h.dtype)
-    start = (jnp.full_like(h, jnp.nan), jnp.full_like(h[0], jnp.nan), first, first)
-    u, d, damping, _ = lax.while_loop(unfinished, attempt, start)
-    finite = jnp.isfinite(d).all() & jnp.isfinite(u).all()
-    return jnp.where(finite, u, eye), jnp.where(finite, d, 1), damping
-
+    start = (h, jnp.full_like(h[0], jnp.nan), first, first)
+    return lax.while_loop(lambda state: ~jnp.isfinite(state[1]).all(), attempt, start)[:3]

@@ -74,7 +74,7 @@ def both_streams(name: str, state: Rounding, stats: Stats | None) -> tuple[jax.A
 def _moved(rows: jax.Array, gram: jax.Array, cross: jax.Array, *, damp: float) -> tuple[jax.Array, jax.Array]:
     """W* - W, and the first targets less W, both `[m, n]`."""
     h, dead = unit_hessian(gram)
-    u, d, damping = damped_udu(h + jnp.diag(dead), damp)
+    u, d, damping = damped_udu(h, damp, dead)
     right = jnp.matmul(rows, cross, precision=HIGHEST)
     v = unit_upper_inverse(u)  # inv(U D U^T) = V^T inv(D) V
     moved = jnp.matmul(jnp.matmul(right, v.T, precision=HIGHEST) / d, v, precision=HIGHEST)
