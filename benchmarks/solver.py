@@ -92,7 +92,7 @@ def peer(python: str, w: np.ndarray, h: np.ndarray, act_order: bool, repeats: in
     with tempfile.TemporaryDirectory() as folder:
         given, answer = os.path.join(folder, "in.npz"), os.path.join(folder, "out.npz")
         np.savez(given, w=w, h=h, act_order=act_order, repeats=repeats)
-        subprocess.run([python, os.path.abspath(__file__), "--be-peer", given, answer], check=True)
+        subprocess.run([python, "-P", os.path.abspath(__file__), "--be-peer", given, answer], check=True)
         with np.load(answer) as out:
             return float(out["first"]), float(out["warm"]), out["q"]
 

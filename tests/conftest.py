@@ -36,8 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
-    """Strict promotion: an accidental int32 * float32, which a user's program might see as float64, is an error."""
+    """Strict promotion: an accidental int32 * float32, which a user's program might see as float64, is an error.
+
+    Fast tests spend their time in the compiler: theirs does little. Slow ones, and those marked `optimized`, get what
+    users get.
+    """
     standard = item.get_closest_marker("standard_promotion")
+    jax.config.update("jax_disable_most_optimizations", not {"slow", "optimized"} & {m.name for m in item.iter_markers()})
     with contextlib.nullcontext() if standard else jax.numpy_dtype_promotion("strict"):
         return (yield)
 

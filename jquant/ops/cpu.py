@@ -30,7 +30,7 @@ from jquant.core.qtensor import QTensor
 # Decoded elements of a block, 8 MB of float32: of 1/8 to 2 times as many none is faster on both ends of the JAX range.
 _BLOCK = 2**21
 # From this release on XLA:CPU multiplies bfloat16 (two tokens and more) faster than float32; before, ten times slower.
-_BF16_SINCE = (0, 12)
+_BF16_SINCE = (0, 11)
 
 
 class _Weight(NamedTuple):
@@ -44,8 +44,8 @@ class _Weight(NamedTuple):
     def rows(self) -> int:
         return self.scale.shape[-2]
 
-    def cut(self, start: int, stop: int) -> "_Weight":
-        return jax.tree.map(lambda a: a[start:stop], self)
+    def cut(self, start: jax.Array | int, rows: int) -> "_Weight":
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, rows), self)
 
 
 def dot(x: jax.Array, q: QTensor, *, batch: Sequence[int] = (), precision: Any = None) -> jax.Array:
@@ -99,12 +99,11 @@ def _matrix(x: jax.Array, w: _Weight, fmt: Format, precision: Any) -> jax.Array:
     whole = w.rows // size if w.rows >= 2 * size else 0
     if not whole:
         return block(parts, w)
-    stacked = jax.tree.map(lambda a: a.reshape(whole, size, -1), w.cut(0, whole * size))
-    outs = lax.map(lambda w: block(parts, w), stacked)  # [whole, tokens, size]
+    outs = lax.map(lambda i: block(parts, w.cut(i * size, size)), jnp.arange(whole))  # [whole, tokens, size]
     out = jnp.moveaxis(outs, 0, 1).reshape(tokens, whole * size)
     if w.rows == whole * size:
         return out
-    return jnp.concatenate([out, block(parts, w.cut(whole * size, w.rows))], axis=1)
+    return jnp.concatenate([out, block(parts, w.cut(whole * size, w.rows - whole * size))], axis=1)
 
 
 def _product(x: jax.Array, rows: jax.Array, precision: Any) -> jax.Array:
