@@ -6,13 +6,15 @@ exact, and the zero point (or the shift of two's complement) comes with the subt
 whose bits are put in their places, up to a power of two, subnormal numbers included.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.quantized_matmul.elements import Element, plane_widths
+from pallas_kernels.quantized_matmul.elements import ELEMENTS, Element, plane_widths
 
 _MAGIC = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}  # bits, value
 
@@ -143,3 +145,52 @@ def table(codes: jax.Array, values: tuple[float, ...], dtype: jnp.dtype) -> jax.
         level = [jnp.where(odd, b, a) for a, b in zip(level[::2], level[1::2])]
         bit *= 2
     return level[0]
+
+
+# --- words and scales ---
+
+
+def as_words(planes: tuple[jax.Array, ...], bits: int, lanes: int) -> list[jax.Array]:
+    """The planes as words of equal number, `lanes` codes each: a byte of the narrowest, 2 or 4 bytes of wider ones.
+
+    Moves nothing.
+    """
+
+    def view(plane: jax.Array, width: int) -> jax.Array:
+        size = width * lanes // 8
+        if size == 1:
+            return plane
+        word = {2: jnp.uint16, 4: jnp.uint32}[size]
+        return lax.bitcast_convert_type(plane.reshape(*plane.shape[:-1], -1, size), word)
+
+    return [view(plane, width) for plane, width in zip(planes, plane_widths(bits), strict=True)]
+
+
+def stored_scale(scale: jax.Array) -> jax.Array:
+    """Scales of 8 bits as bytes: Triton has no such dtypes."""
+    return lax.bitcast_convert_type(scale, jnp.uint8) if scale.dtype.itemsize == 1 else scale
+
+
+def stored_zero(zero: jax.Array) -> jax.Array:
+    """Zero points as a kernel reads them: bytes, or float32."""
+    return zero if zero.dtype in (jnp.uint8, jnp.float32) else zero.astype(jnp.float32)
+
+
+def scale_numbers(scale: jax.Array, stored: str, dtype: Any = jnp.float32) -> jax.Array:
+    """Scales as numbers: float32 for sums; for elements `dtype`, where that holds them exactly, else float32."""
+    if stored == "float8_e8m0fnu":
+        if dtype == jnp.bfloat16:
+            return lax.bitcast_convert_type(scale.astype(jnp.uint16) << np.uint16(7), jnp.bfloat16)
+        return lax.bitcast_convert_type(scale.astype(jnp.uint32) << np.uint32(23), jnp.float32)
+    if stored == "float8_e4m3fn":
+        e = ELEMENTS["fp8_e4m3"]
+        number = small_floats(scale.astype(jnp.uint16), e, jnp.float16).astype(jnp.float32)
+        return (number * np.float32(1 / small_float_unit(e))).astype(dtype if dtype == jnp.bfloat16 else jnp.float32)
+    return scale if scale.dtype == dtype else scale.astype(jnp.float32)
+
+
+def times(w: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """Elements times scales, rounded once to `dtype`."""
+    if scale.dtype == dtype:
+        return w * scale
+    return (w.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
