@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.quantized_matmul import reference, triton, upcast
+from pallas_kernels.quantized_matmul import reference, upcast
 from pallas_kernels.quantized_matmul.elements import ELEMENTS, element, plane_widths, values
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -57,8 +57,7 @@ def test_a_table_is_looked_up_in_every_dtype():
 def test_lanes_of_words_are_the_codes(bits, word_bytes):
     """Every code is found in its word and lane: lane l of word j is code j * lanes + l."""
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 64)).astype(np.uint8)
-    name = f"int{bits}"
-    words = triton._words(reference.pack(jnp.asarray(codes), bits), triton.Weight(name, 0, 64, word_bytes))
+    words = upcast.as_words(reference.pack(jnp.asarray(codes), bits), bits, upcast.lanes(bits, word_bytes))
     assert len({w.shape for w in words}) == 1
     lanes = [upcast.lane_codes(tuple(words), bits, lane) for lane in range(upcast.lanes(bits, word_bytes))]
     np.testing.assert_array_equal(np.stack(lanes, -1).reshape(3, 64), codes)

@@ -1,0 +1,102 @@
+"""How attention over a cache is cut: a model of occupancy, bytes and waves, and a table that a tuner may fill."""
+
+import math
+from typing import NamedTuple
+
+from pallas_kernels.gpus import Gpu
+
+
+class Tiling(NamedTuple):
+    """The static choices of one kernel.
+
+    Attributes:
+      block: slots that are read at a time; a power of two, at least 16.
+      splits: parts of a sequence's slots, each a program.
+      warps, stages: warps of a program; loads under way at once.
+    """
+
+    block: int
+    splits: int
+    warps: int = 4
+    stages: int = 3
+
+
+class Problem(NamedTuple):
+    """What a tiling is chosen for.
+
+    Attributes:
+      batch, kv_heads, rows: sequences, kv heads, queries of a kv head.
+      length: slots of a sequence.
+      dim: head_dim.
+      token_bytes: of keys and values of a token and head, scales included.
+      largest: slots of a block at most.
+    """
+
+    batch: int
+    kv_heads: int
+    rows: int
+    length: int
+    dim: int
+    token_bytes: float
+    largest: int
+
+
+# Filled by a tuner on a GPU: (device, rows, dim, bytes of a token, largest block, B * K, least power of two >= length).
+TUNED: dict[tuple[str, int, int, int, int, int, int], Tiling] = {}
+
+
+def choose(p: Problem, device: str, gpu: Gpu) -> Tiling:
+    """The tiling of a problem: the table's, else that which the model below finds fastest."""
+    key = (device, p.rows, p.dim, round(p.token_bytes), p.largest, p.batch * p.kv_heads, _power(p.length))
+    if key in TUNED:
+        return TUNED[key]
+    options = [t for t in _candidates(p) if shared_bytes(p, t) <= gpu.shared_per_block]
+    return min(options, key=lambda t: (seconds(p, t, gpu), t.splits, -t.block))
+
+
+def _power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _candidates(p: Problem) -> list[Tiling]:
+    blocks = {min(p.largest, b, max(16, _power(p.length))) for b in (32, 64, 128)}
+    splits = [s for n in range(11) if (s := 1 << n) == 1 or p.length >= s * min(blocks)]
+    return [Tiling(b, s, 4, stages) for b in blocks for s in splits for stages in (3, 4)]
+
+
+def shared_bytes(p: Problem, t: Tiling) -> int:
+    """Bytes of shared memory: codes of the blocks under way, and one block as bfloat16 between two layouts."""
+    return round(t.block * p.token_bytes * t.stages) + t.block * p.dim * 2
+
+
+def programs(p: Problem, t: Tiling) -> int:
+    """How many programs the kernel has."""
+    return p.batch * p.kv_heads * t.splits
+
+
+def resident(p: Problem, t: Tiling, gpu: Gpu) -> int:
+    """Programs that a core holds at a time: limited by shared memory and by registers, 128 a thread as a rule."""
+    by_shared = gpu.shared_per_core // (shared_bytes(p, t) + 1024)
+    by_registers = gpu.registers // (32 * t.warps * 128)
+    return max(1, min(by_shared, by_registers))
+
+
+def seconds(p: Problem, t: Tiling, gpu: Gpu) -> float:
+    """What the model takes the kernel for, full to the last slot: bytes by whole waves, blocks filled up, and the sums.
+
+    A model to choose by, not a measurement.
+    """
+    at_once = gpu.cores * resident(p, t, gpu)
+    n = programs(p, t)
+    waves = math.ceil(n / at_once)
+    read = p.batch * p.kv_heads * p.length * p.token_bytes
+    state = 4 * n * p.rows * (p.dim + 2)  # written, and read again
+    # Bytes under way hide the latency of memory (about 0.7 us): a core needs its share of them.
+    under_way = min(n, at_once) * (t.stages - 1) * t.block * p.token_bytes
+    hidden = min(1.0, under_way / (0.7e-6 * gpu.bandwidth))
+    per_split = math.ceil(p.length / t.splits / t.block) * t.block * t.splits / p.length
+    # Of the last wave, only as much as it holds runs, a little faster each.
+    even = n / (waves * at_once) if waves > 1 else 1.0
+    turn = 0.4e-6 * math.ceil(p.length / t.splits / t.block) * waves  # what a program does between loads
+    memory = read * per_split / (gpu.bandwidth * hidden * even)
+    return max(memory, turn) + 2 * state / gpu.bandwidth + (3e-6 if t.splits > 1 else 0.0)
