@@ -73,12 +73,12 @@ def decode_attention(
     reason = why_not(layouts, dim, rows, rules.page_size, device)
     if reason is not None:
         raise ValueError(f"decode_attention: no kernel: {reason}; use reference.decode_attention")
-    views = triton.view_of(keys, layouts[0], dim), triton.view_of(values, layouts[1], dim)
     slots = keys.codes[0].shape[2] if table is None else table.shape[1] * rules.page_size
-    largest = triton.largest_block(layouts, rules.page_size)
+    largest = triton.largest_block(rules.page_size)
     t = tiling or choose(problem(q.shape, keys, values, slots, largest), device, gpu(device))
     if t.block < 16 or t.block & (t.block - 1) or t.block > largest:
         raise ValueError(f"decode_attention: block {t.block} must be a power of two from 16 to {largest}")
+    views = triton.view_of(keys, layouts[0], dim), triton.view_of(values, layouts[1], dim, max(16, 8 * t.warps))
     ranges = _ranges(at, end, end if written is None else written, slots, rules)
     factor = _factor(keys, views[0].unit, rules.scale)
     parts = triton.partial_states(

@@ -7,11 +7,10 @@ a tensor core; scales multiply what is left of the products:
 
     a scale of a token                 scores, and weights
     a scale of a group of channels     the sums of the group, and the weights for the group
-    a scale of a channel (KIVI)        the queries, once for each block of tokens
 
-Only groups too small for a tensor core (16 channels of a lane) have their scales multiplied with the elements, which
-rounds these to bfloat16 (not those of NVFP4 and MXFP4: their products are bfloat16 numbers), and a codebook's values
-are rounded to bfloat16.
+Scales of groups too small for a tensor core, and of channels for a block of tokens (KIVI), are multiplied with the
+elements, which rounds these to bfloat16 (not those of NVFP4 and MXFP4: their products are bfloat16 numbers), and a
+codebook's values are rounded to bfloat16.
 
 A word of codes holds several channels, one to a lane (see `quantized_matmul.triton`): queries are parted into lanes
 beforehand, and the result is put together afterwards. Queries and weights are float32. A tensor core takes 16 rows, a
@@ -51,6 +50,7 @@ class View(NamedTuple):
       scales: where they are multiplied: "none", "token", "group", "element" or "channel".
       scale_dtype: as stored.
       zeros: whether there are zero points.
+      least: columns of a block of words at least.
     """
 
     layout: Layout
@@ -59,6 +59,7 @@ class View(NamedTuple):
     scales: str = "none"
     scale_dtype: str = ""
     zeros: bool = False
+    least: int = LEAST
 
     @property
     def chunks(self) -> int:
@@ -76,8 +77,8 @@ class View(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Columns of a block of words: a power of two, at least `LEAST`."""
-        return max(LEAST, _power(self.chunk_words))
+        """Columns of a block of words: a power of two, at least `least`."""
+        return max(self.least, _power(self.chunk_words))
 
     @property
     def groups(self) -> int:
@@ -100,22 +101,25 @@ def _power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def view_of(coded: Coded, layout: Layout, dim: int) -> View:
-    """How the arrays are read. `scale_dtype` of floats is their own dtype."""
+def view_of(coded: Coded, layout: Layout, dim: int, least: int = LEAST) -> View:
+    """How the arrays are read. `scale_dtype` of floats is their own dtype.
+
+    `least` columns of a block: of keys those are contracted, `LEAST` at once; of values every warp has 8.
+    """
     e, group = layout.element, layout.group if layout.group < dim else 0
     layout = layout._replace(group=group)
     if e is None:
-        return View(layout, dim, scale_dtype=coded.codes[0].dtype.name)
+        return View(layout, dim, scale_dtype=coded.codes[0].dtype.name, least=least)
     name = "" if coded.scale is None else coded.scale.dtype.name
     zeros = coded.zero_point is not None
     if layout.tokens > 1 or not group:
         kind = "channel" if layout.tokens > 1 else "none" if coded.scale is None else "token"
-        return View(layout, dim, _lanes(e, dim, LEAST), kind, name, zeros)
-    lanes = _lanes(e, group, LEAST)
-    on_sums = group == _power(group) and group // lanes >= LEAST
+        return View(layout, dim, _lanes(e, dim, least), kind, name, zeros, least)
+    lanes = _lanes(e, group, least)
+    on_sums = group == _power(group) and group // lanes >= least
     if on_sums:
-        return View(layout, dim, lanes, "group", name, zeros)
-    return View(layout, dim, _lanes(e, dim, LEAST), "element", name, zeros)
+        return View(layout, dim, lanes, "group", name, zeros, least)
+    return View(layout, dim, _lanes(e, dim, least), "element", name, zeros, least)
 
 
 def _lanes(e: Element, channels: int, least: int) -> int:
@@ -141,18 +145,17 @@ def why_not(layout: Layout, dim: int, rows: int = 1, page_size: int = 0, keys: b
     if layout.tokens > 1:
         if not keys:
             return "values with a scale for a channel"
-        if layout.tokens & -layout.tokens < LEAST:
-            return f"blocks of {layout.tokens} tokens are cut at no power of two of {LEAST}"
+        if layout.tokens != _power(layout.tokens):
+            return f"blocks of {layout.tokens} tokens are no power of two"
         return None
     if group and (group != _power(group) or group % upcast.lanes(e.bits)):
         return f"groups of {group} channels are no power of two, or end within a word"
     return None
 
 
-def largest_block(layouts: tuple[Layout, Layout], page_size: int) -> int:
-    """Slots that lie in one page and share the scales of channels: a power of two."""
-    sizes = [n for n in (page_size, *(x.tokens for x in layouts if x.tokens > 1)) if n]
-    return min((n & -n for n in sizes), default=1 << 20)
+def largest_block(page_size: int) -> int:
+    """Slots of a block at most, so that it lies in one page: a power of two."""
+    return page_size & -page_size if page_size else 1 << 20
 
 
 # --- the call ---
@@ -262,18 +265,15 @@ def _kernel(
     k_read, v_read = _reader(ins, k_view), _reader(ins, v_view)
     padded = q_ref.shape[3]
     at = at_ref[row, :]
-    q = [
-        [q_ref[row, head, lane, :, pl.ds(c * k_view.width, k_view.width)] for c in range(k_view.chunks)]
-        for lane in range(k_view.lanes)
-    ]
-    q2 = q if k_view.scales == "channel" else [[_two(x) for x in lane] for lane in q]
+    part_of_q = lambda lane, chunk: q_ref[row, head, lane, :, pl.ds(chunk * k_view.width, k_view.width)]
+    q = [[_two(part_of_q(lane, chunk)) for chunk in range(k_view.chunks)] for lane in range(k_view.lanes)]
 
     def step(i: Any, carry: Any) -> Any:
         (top, total, acc), (k_small, v_small) = carry
         block = where(begin + i)
         after = where(begin + i + 1)
         following = (k_read.small(after), v_read.small(after))
-        scores = _scores(q2, k_read, block, k_small, padded)
+        scores = _scores(q, k_read, block, k_small)
         if shift_ref is not None:
             scores = scores + shift_ref[row, head, :][:, None]
         if rules.soft_cap is not None:
@@ -346,17 +346,14 @@ def _sees(position: jax.Array, inside: jax.Array, at: jax.Array, end: jax.Array,
     return seen & ((keys > queries - rules.window) | (keys < rules.sink_tokens))
 
 
-def _scores(q: list[list[jax.Array]], read: "_Reader", block: "_Block", small: Any, rows: int) -> jax.Array:
+def _scores(q: list[list[jax.Array]], read: "_Reader", block: "_Block", small: Any) -> jax.Array:
     """float32 `[R, n]`."""
     view, total = read.view, None
     for chunk in range(view.chunks):
         words, sums = read.codes(block, chunk), None
         for lane in range(view.lanes):
-            query = q[lane][chunk]
-            if view.scales == "channel":
-                query = _two(query * read.numbers(small[0][lane])[None, :])
             for part in read.values(words, lane, chunk, small):
-                product = compat.dot(query, part.T)
+                product = compat.dot(q[lane][chunk], part.T)
                 sums = product if sums is None else sums + product
         assert sums is not None
         part_of = _sum_two(sums)
@@ -406,9 +403,6 @@ class _Block(NamedTuple):
         slots = self.slots()
         return (slots >= self.low) & (slots < self.high)
 
-    def any(self) -> jax.Array:
-        return self.index * self.size < self.high
-
     def place(self) -> tuple[Any, Any]:
         """The row of the arrays, and the slot in it that the block begins with."""
         start = self.index * self.size
@@ -448,13 +442,7 @@ class _Reader(NamedTuple):
         row, start = block.place()
         zero = np.zeros((), ref.dtype)
         if view.scales == "channel":
-            out = []
-            for lane in range(view.lanes):
-                channels = lane + view.lanes * jnp.arange(view.width)
-                inside = (channels < view.dim) & block.any()
-                at = ref.at[row, block.head, start // view.layout.tokens, channels]
-                out.append(plt.load(at, mask=inside, other=zero))
-            return tuple(out)
+            return (self._of_channels(ref, block),)
         slots, inside = pl.ds(start, block.size), block.inside()
         if view.scales == "element":
             count = view.width * view.lanes // view.layout.group
@@ -464,6 +452,24 @@ class _Reader(NamedTuple):
         return tuple(
             plt.load(ref.at[row, block.head, slots, np.int32(chunk)], mask=inside, other=zero) for chunk in range(view.chunks)
         )
+
+    def _of_channels(self, ref: Any, block: _Block) -> jax.Array:
+        """`[blocks of tokens, lanes * width]`, in the order of the channels."""
+        tokens, (row, start) = self.view.layout.tokens, block.place()
+        count, size = max(1, block.size // tokens), self.view.lanes * self.view.width
+        channels = jnp.arange(size) < self.view.dim
+        blocks = block.index * block.size + tokens * jnp.arange(count) < block.high
+        at = ref.at[row, block.head, pl.ds(start // tokens, count), pl.ds(0, size)]
+        return plt.load(at, mask=blocks[:, None] & channels[None, :], other=np.zeros((), ref.dtype))
+
+    def _lane(self, a: jax.Array, lane: int) -> jax.Array:
+        """`[blocks of tokens, width]`: of the channels of a lane; Triton has no slices."""
+        count, lanes = a.shape[0], self.view.lanes
+        if lanes == 1:
+            return a
+        parts = a.astype(jnp.float32).reshape(count, self.view.width, lanes)
+        mine = lax.broadcasted_iota(jnp.int32, (1, 1, lanes), 2) == lane
+        return jnp.sum(jnp.where(mine, parts, jnp.float32(0)), axis=2).astype(BFLOAT16)
 
     def numbers(self, scale: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
         """Scales as numbers; NaN where a code of 8 bits stands for it."""
@@ -481,7 +487,7 @@ class _Reader(NamedTuple):
             high, low = _halves(words[0].astype(jnp.float32))
             return high.astype(BFLOAT16), low.astype(BFLOAT16)
         codes = upcast.lane_codes(words, e.bits, lane)
-        zero = self._spread(small[1], lane, chunk) if view.zeros else None
+        zero = self._spread(small[1], lane, chunk, codes.shape) if view.zeros else None
         if zero is not None and zero.dtype == jnp.uint8:
             zero = zero.astype(BFLOAT16)
         if e.kind == "int":
@@ -493,23 +499,24 @@ class _Reader(NamedTuple):
             if e.storage == "float8_e4m3fn" and view.scales == "none":  # elsewhere the scale says it
                 bad = (codes & np.uint16(0x7F)) == np.uint16(0x7F)
                 out = jnp.where(bad, jnp.asarray(jnp.nan, BFLOAT16), out)
-        if view.scales == "element":
-            per_group = self.numbers(small[0][0], BFLOAT16)
-            out = upcast.times(out, self._over_groups(per_group), BFLOAT16)
+        if view.scales in ("element", "channel"):
+            out = upcast.times(out, self._over(self.numbers(small[0][0], BFLOAT16), lane, out.shape), BFLOAT16)
         return (out,)
 
-    def _spread(self, zeros: tuple[jax.Array, ...], lane: int, chunk: int) -> jax.Array:
+    def _spread(
+        self, zeros: tuple[jax.Array, ...], lane: int, chunk: int, shape: tuple[int, int]
+    ) -> jax.Array:
         """Zero points that broadcast against the elements."""
-        if self.view.scales == "channel":
-            return zeros[lane][None, :]
-        if self.view.scales == "element":
-            return self._over_groups(zeros[0])
+        if self.view.scales in ("element", "channel"):
+            return self._over(zeros[0], lane, shape)
         return zeros[chunk][:, None]
 
-    def _over_groups(self, a: jax.Array) -> jax.Array:
-        """`[n, groups]` -> `[n, width]`."""
-        n, count = a.shape
-        return jnp.broadcast_to(a[:, :, None], (n, count, self.view.width // count)).reshape(n, self.view.width)
+    def _over(self, a: jax.Array, lane: int, shape: tuple[int, int]) -> jax.Array:
+        """What groups, or channels for a block of tokens, have for their elements `[n, width]`."""
+        if self.view.scales == "channel":
+            a = self._lane(a, lane)
+            return jnp.broadcast_to(a[:, None], (a.shape[0], shape[0] // a.shape[0], shape[1])).reshape(shape)
+        return jnp.broadcast_to(a[:, :, None], (*a.shape, shape[1] // a.shape[1])).reshape(shape)
 
 
 def _reader(ins: list[Any], view: View) -> _Reader:
