@@ -59,9 +59,10 @@ def _power(n: int) -> int:
 
 
 def _candidates(p: Problem) -> list[Tiling]:
-    blocks = {min(p.largest, b, max(16, _power(p.length))) for b in (32, 64, 128)}
+    # A warp for 32 slots: with fewer slots than threads, scales would be loaded several times.
+    blocks = {min(p.largest, b, max(16, _power(p.length))) for b in (64, 128)}
     splits = [s for n in range(11) if (s := 1 << n) == 1 or p.length >= s * min(blocks)]
-    return [Tiling(b, s, 4, stages) for b in blocks for s in splits for stages in (3, 4)]
+    return [Tiling(b, s, max(1, b // 32), stages) for b in blocks for s in splits for stages in (2, 3, 4)]
 
 
 def shared_bytes(p: Problem, t: Tiling) -> int:
@@ -75,9 +76,9 @@ def programs(p: Problem, t: Tiling) -> int:
 
 
 def resident(p: Problem, t: Tiling, gpu: Gpu) -> int:
-    """Programs that a core holds at a time: limited by shared memory and by registers, 128 a thread as a rule."""
+    """Programs that a core holds at a time: limited by shared memory, and by registers, up to 250 a thread."""
     by_shared = gpu.shared_per_core // (shared_bytes(p, t) + 1024)
-    by_registers = gpu.registers // (32 * t.warps * 128)
+    by_registers = gpu.registers // (32 * t.warps * 250)
     return max(1, min(by_shared, by_registers))
 
 

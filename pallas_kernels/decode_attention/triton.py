@@ -36,6 +36,7 @@ from pallas_kernels.gpus import gpu
 from pallas_kernels.quantized_matmul import upcast
 from pallas_kernels.quantized_matmul.elements import Element, plane_widths
 
+ROWS = 8  # queries of a program: twice as many are the rows of a tensor core
 LEAST = 16  # elements that a tensor core contracts at once, and columns that it has at least
 BFLOAT16 = jnp.bfloat16
 
@@ -189,7 +190,7 @@ def partial_states(
     """
     batch, kv_heads, rows, dim = q.shape
     k, v = views
-    padded = max(8, _power(rows))
+    padded = -(-rows // ROWS) * ROWS
     more = [(0, padded - rows)]
     at = jnp.pad(at, [(0, 0), *more], constant_values=-1)
     ins = [_part(jnp.pad(q, [(0, 0), (0, 0), *more, (0, 0)]), k), at, ranges]
@@ -204,7 +205,7 @@ def partial_states(
         top, total, out = pl.pallas_call(
             kernel,
             out_shape=[f32(rows), f32(rows), f32(v.lanes, rows, v.words)],
-            grid=(t.splits, kv_heads, batch),
+            grid=(t.splits * (padded // ROWS), kv_heads, batch),
             compiler_params=compat.CompilerParams(num_warps=t.warps, num_stages=t.stages),
             interpret=interpret,
             name="decode_attention",
@@ -253,7 +254,10 @@ def _kernel(
     shift_ref = ins.pop(0) if has_shift else None
     table_ref = ins.pop(0) if has_table else None
     k_view, v_view = views
-    split, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    # Programs that run at a time share the L2 cache: the rows of one split, if there are more than a program takes.
+    row_blocks = q_ref.shape[3] // ROWS
+    split, head, row = pl.program_id(0) // row_blocks, pl.program_id(1), pl.program_id(2)
+    mine = pl.ds(pl.program_id(0) % row_blocks * ROWS, ROWS) if row_blocks > 1 else pl.ds(0, ROWS)
     low, high = range_ref[row, 0], range_ref[row, 1]
     end, written = range_ref[row, 2], range_ref[row, 3]
     first = low // t.block
@@ -263,9 +267,8 @@ def _kernel(
     count = jnp.minimum(jnp.maximum(first + blocks - begin, 0), part)
     where = lambda i: _Block(i, t.block, low, high, row, head, table_ref, rules.page_size)
     k_read, v_read = _reader(ins, k_view), _reader(ins, v_view)
-    padded = q_ref.shape[3]
-    at = at_ref[row, :]
-    part_of_q = lambda lane, chunk: q_ref[row, head, lane, :, pl.ds(chunk * k_view.width, k_view.width)]
+    at = at_ref[row, mine]
+    part_of_q = lambda lane, chunk: q_ref[row, head, np.int32(lane), mine, pl.ds(chunk * k_view.width, k_view.width)]
     q = [[_two(part_of_q(lane, chunk)) for chunk in range(k_view.chunks)] for lane in range(k_view.lanes)]
 
     def step(i: Any, carry: Any) -> Any:
@@ -275,7 +278,7 @@ def _kernel(
         following = (k_read.small(after), v_read.small(after))
         scores = _scores(q, k_read, block, k_small)
         if shift_ref is not None:
-            scores = scores + shift_ref[row, head, :][:, None]
+            scores = scores + shift_ref[row, head, mine][:, None]
         if rules.soft_cap is not None:
             scores = np.float32(rules.soft_cap) * _tanh(scores * np.float32(1 / rules.soft_cap))
         slots = block.slots()
@@ -290,13 +293,12 @@ def _kernel(
         total = total * kept + jnp.sum(weights, axis=1)
         return (new, total, _outputs(acc, weights, kept, v_read, block, v_small)), following
 
-    empty = jnp.zeros((padded,), jnp.float32)
-    acc = tuple(jnp.zeros((2 * padded, v_view.width), jnp.float32) for _ in range(v_view.lanes * v_view.chunks))
+    empty = jnp.zeros((ROWS,), jnp.float32)
+    acc = tuple(jnp.zeros((2 * ROWS, v_view.width), jnp.float32) for _ in range(v_view.lanes * v_view.chunks))
     start = where(begin)
     carry = ((empty - jnp.inf, empty, acc), (k_read.small(start), v_read.small(start)))
     (top, total, acc), _ = lax.fori_loop(0, count, step, carry)
-    inside = jnp.arange(padded) < rows if rows < padded else None
-    mine = pl.ds(0, padded)
+    inside = mine.start + jnp.arange(ROWS) < rows if rows % ROWS else None
     plt.store(top_ref.at[row, head, split, mine], top, mask=inside)
     plt.store(total_ref.at[row, head, split, mine], total, mask=inside)
     for n, part_of in enumerate(acc):
@@ -304,8 +306,14 @@ def _kernel(
         columns = chunk * v_view.chunk_words + jnp.arange(v_view.width)
         limit = min(v_view.words, (chunk + 1) * v_view.chunk_words)
         both = _mask(inside, columns < limit if chunk * v_view.chunk_words + v_view.width > limit else None)
-        to = out_ref.at[row, head, split, np.int32(lane), mine, pl.ds(chunk * v_view.chunk_words, v_view.width)]
+        where_to = _columns(chunk * v_view.chunk_words, v_view.width, v_view.words)
+        to = out_ref.at[row, head, split, np.int32(lane), mine, where_to]
         plt.store(to, _sum_two(part_of), mask=both)
+
+
+def _columns(first: int, size: int, end: int) -> Any:
+    """A slice that may reach over the end (what lies there is masked): Pallas refuses one whose ends it knows."""
+    return pl.ds(first if first + size <= end else jnp.int32(first), size)
 
 
 def _mask(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None:
@@ -430,7 +438,7 @@ class _Reader(NamedTuple):
         if first + view.width > limit:
             inside = inside & (first + jnp.arange(view.width) < limit)[None, :]
         inside = jnp.broadcast_to(inside, (block.size, view.width))
-        at = (row, block.head, pl.ds(start, block.size), pl.ds(first, view.width))
+        at = (row, block.head, pl.ds(start, block.size), _columns(first, view.width, view.words))
         return tuple(plt.load(r.at[at], mask=inside, other=np.zeros((), r.dtype)) for r in self.words)
 
     def small(self, block: _Block) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
@@ -448,7 +456,7 @@ class _Reader(NamedTuple):
             count = view.width * view.lanes // view.layout.group
             groups = jnp.arange(count)
             both = jnp.broadcast_to(inside[:, None], (block.size, count)) & (groups < view.groups)[None, :]
-            return (plt.load(ref.at[row, block.head, slots, pl.ds(0, count)], mask=both, other=zero),)
+            return (plt.load(ref.at[row, block.head, slots, _columns(0, count, view.groups)], mask=both, other=zero),)
         return tuple(
             plt.load(ref.at[row, block.head, slots, np.int32(chunk)], mask=inside, other=zero) for chunk in range(view.chunks)
         )
@@ -459,7 +467,7 @@ class _Reader(NamedTuple):
         count, size = max(1, block.size // tokens), self.view.lanes * self.view.width
         channels = jnp.arange(size) < self.view.dim
         blocks = block.index * block.size + tokens * jnp.arange(count) < block.high
-        at = ref.at[row, block.head, pl.ds(start // tokens, count), pl.ds(0, size)]
+        at = ref.at[row, block.head, pl.ds(start // tokens, count), _columns(0, size, self.view.dim)]
         return plt.load(at, mask=blocks[:, None] & channels[None, :], other=np.zeros((), ref.dtype))
 
     def _lane(self, a: jax.Array, lane: int) -> jax.Array:
