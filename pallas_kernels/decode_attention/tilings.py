@@ -59,10 +59,12 @@ def _power(n: int) -> int:
 
 
 def _candidates(p: Problem) -> list[Tiling]:
-    # A warp for 32 slots: with fewer slots than threads, scales would be loaded several times.
+    # A warp for 32 slots: with fewer slots than threads, scales would be loaded several times. Two for vectors whose
+    # sums and elements would not fit in the registers of one.
+    per_warp = 32 if p.dim <= 128 else 16
     blocks = {min(p.largest, b, max(16, _power(p.length))) for b in (64, 128)}
     splits = [s for n in range(11) if (s := 1 << n) == 1 or p.length >= s * min(blocks)]
-    return [Tiling(b, s, max(1, b // 32), stages) for b in blocks for s in splits for stages in (2, 3, 4)]
+    return [Tiling(b, s, max(1, b // per_warp), stages) for b in blocks for s in splits for stages in (2, 3, 4)]
 
 
 def shared_bytes(p: Problem, t: Tiling) -> int:

@@ -458,7 +458,8 @@ class _Reader(NamedTuple):
             both = jnp.broadcast_to(inside[:, None], (block.size, count)) & (groups < view.groups)[None, :]
             return (plt.load(ref.at[row, block.head, slots, _columns(0, count, view.groups)], mask=both, other=zero),)
         return tuple(
-            plt.load(ref.at[row, block.head, slots, np.int32(chunk)], mask=inside, other=zero) for chunk in range(view.chunks)
+            plt.load(ref.at[row, block.head, slots, np.int32(chunk)], mask=inside, other=zero)
+            for chunk in range(view.chunks)
         )
 
     def _of_channels(self, ref: Any, block: _Block) -> jax.Array:
@@ -511,9 +512,7 @@ class _Reader(NamedTuple):
             out = upcast.times(out, self._over(self.numbers(small[0][0], BFLOAT16), lane, out.shape), BFLOAT16)
         return (out,)
 
-    def _spread(
-        self, zeros: tuple[jax.Array, ...], lane: int, chunk: int, shape: tuple[int, int]
-    ) -> jax.Array:
+    def _spread(self, zeros: tuple[jax.Array, ...], lane: int, chunk: int, shape: tuple[int, int]) -> jax.Array:
         """Zero points that broadcast against the elements."""
         if self.view.scales in ("element", "channel"):
             return self._over(zeros[0], lane, shape)

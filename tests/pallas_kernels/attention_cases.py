@@ -75,7 +75,9 @@ def coded(rng: np.random.Generator, kind: Kind, shape: tuple[int, int, int, int]
         return Coded((jnp.asarray(rng.standard_normal(shape), jnp.float32).astype(kind.element),))
     table = values(e, not kind.zero)
     finite = np.flatnonzero(np.isfinite(table) & (np.abs(table) < 100 if e.kind == "float" else True))
-    codes = rng.choice(finite, shape).astype(np.uint8) if e.kind == "float" else random_codes(rng, e, shape, not kind.zero)
+    codes = (
+        rng.choice(finite, shape).astype(np.uint8) if e.kind == "float" else random_codes(rng, e, shape, not kind.zero)
+    )
     planes = products.pack(jnp.asarray(codes), e.bits)
     size = float(np.sqrt(np.mean(table[finite] ** 2)))
     if kind.scale is None:
