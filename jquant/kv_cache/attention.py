@@ -3,8 +3,8 @@
 Shapes: B batch, L queries, K key/value heads, G query heads for each of them, D head_dim, n positions of a block.
 
 The parts of the cache (codes, sinks in float, window in float) are taken one after the other into one running softmax
-(`softmax`). `codes_attention` is the part that reads codes. It takes the raw arrays and gives that running state, and for
-a few queries on a GPU a kernel stands in its place.
+(`softmax`). `codes_attention` is the part that reads codes. It takes the raw arrays and gives that running state; for a
+few queries on a GPU a kernel stands in its place.
 """
 
 import jax

@@ -47,7 +47,7 @@ def codes_attention(
     ring: bool,
 ) -> Running:
     """`attention.codes_attention`, on an NVIDIA GPU."""
-    (batch, kv_heads, groups, tokens, dim), (end, written) = q.shape, ranges
+    (batch, kv_heads, groups, tokens, _), (end, written) = q.shape, ranges
     turned = rotate(q if gain is None else q * gain[:, None, None], fmt.keys.rotations, fmt.seed)
     rows = lambda a: a.reshape(batch, kv_heads, groups * tokens, *a.shape[4:])
     call = ops.Call(

@@ -45,7 +45,7 @@ def on_gpus(call: Call, layouts: tuple[Layout, Layout], rules: Rules) -> State:
     """The kernel. Each device of a mesh attends with its own sequences and heads, over its own part of the cache."""
     run = lambda call: _kernel(call, layouts, rules)
     leaves, tree = jax.tree.flatten(call)
-    flat = lambda *leaves: tuple(run(tree.unflatten(leaves)))
+    flat = lambda *leaves: tuple(run(jax.tree.unflatten(tree, leaves)))
     # A program of one device, or one mapped by vmap, has nothing to part.
     parted = custom_vmap(_parted(flat, _axes(call)))
 
@@ -58,30 +58,22 @@ def on_gpus(call: Call, layouts: tuple[Layout, Layout], rules: Rules) -> State:
 
 
 def _kernel(call: Call, layouts: tuple[Layout, Layout], rules: Rules) -> State:
-    q, keys, values, at, end, written, shift, table = call
-    more = dict(written=written, shift=shift, table=table)
-    return decode_attention(q, keys, values, at, end, layouts=layouts, rules=rules, **more)
+    return decode_attention(
+        call.q, call.keys, call.values, call.at, call.end, layouts=layouts, rules=rules, written=call.written,
+        shift=call.shift, table=call.table,
+    )  # fmt: skip
 
 
 def _axes(call: Call) -> list[str]:
     """Which axes of each array are sequences (b) and kv heads (k); "-" for others."""
-    row = "b" if call.table is None else "-"  # the rows of a pool of pages are no sequences
-    coded = lambda c: jax.tree.map(lambda a: f"{row}k--", c._replace(static=None))._replace(
-        static=None if c.static is None else "k"
-    )
-    some = lambda a, axes: None if a is None else axes
-    return jax.tree.leaves(
-        Call(
-            "bk--",
-            coded(call.keys),
-            coded(call.values),
-            "b-",
-            "b",
-            some(call.written, "b"),
-            some(call.shift, "bk-"),
-            some(call.table, "b-"),
-        )  # fmt: skip
-    )
+    row = "-" if call.table is not None else "b"  # the rows of a pool of pages are no sequences
+
+    def coded(c: Coded) -> list[str]:
+        rows = [*c.codes, *(a for a in (c.scale, c.zero_point) if a is not None)]
+        return [f"{row}k--"] * len(rows) + ["k"] * (c.static is not None)
+
+    rest = [(call.written, "b"), (call.shift, "bk-"), (call.table, "b-")]
+    return ["bk--", *coded(call.keys), *coded(call.values), "b-", "b", *(axes for a, axes in rest if a is not None)]
 
 
 def _parted(run: Callable[..., Any], axes: list[str]) -> Callable[..., Any]:

@@ -257,7 +257,7 @@ def _kernel(
     # Programs that run at a time share the L2 cache: the rows of one split, if there are more than a program takes.
     row_blocks = q_ref.shape[3] // ROWS
     split, head, row = pl.program_id(0) // row_blocks, pl.program_id(1), pl.program_id(2)
-    mine = pl.ds(pl.program_id(0) % row_blocks * ROWS, ROWS) if row_blocks > 1 else pl.ds(0, ROWS)
+    mine = pl.ds(pl.program_id(0) % row_blocks * ROWS, ROWS)
     low, high = range_ref[row, 0], range_ref[row, 1]
     end, written = range_ref[row, 2], range_ref[row, 3]
     first = low // t.block
@@ -512,13 +512,13 @@ class _Reader(NamedTuple):
             out = upcast.times(out, self._over(self.numbers(small[0][0], BFLOAT16), lane, out.shape), BFLOAT16)
         return (out,)
 
-    def _spread(self, zeros: tuple[jax.Array, ...], lane: int, chunk: int, shape: tuple[int, int]) -> jax.Array:
+    def _spread(self, zeros: tuple[jax.Array, ...], lane: int, chunk: int, shape: tuple[int, ...]) -> jax.Array:
         """Zero points that broadcast against the elements."""
         if self.view.scales in ("element", "channel"):
             return self._over(zeros[0], lane, shape)
         return zeros[chunk][:, None]
 
-    def _over(self, a: jax.Array, lane: int, shape: tuple[int, int]) -> jax.Array:
+    def _over(self, a: jax.Array, lane: int, shape: tuple[int, ...]) -> jax.Array:
         """What groups, or channels for a block of tokens, have for their elements `[n, width]`."""
         if self.view.scales == "channel":
             a = self._lane(a, lane)

@@ -69,7 +69,7 @@ def test_the_kernel_gives_the_running_softmax(name):
 @pytest.mark.parametrize(
     "options, rules",
     [
-        (dict(pages=9, page_size=16), dict(soft_cap=1.5)),
+        (dict(pages=5, page_size=32), dict(soft_cap=1.5)),
         (dict(ring=True, slots=32), dict(window=20)),
         (dict(center=0.25, gain=2.0), dict(window=20, sink_tokens=3)),
     ],

@@ -167,12 +167,14 @@ def test_vmap_is_one_more_axis():
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *(c.arrays for c in cases))
     got = jax.vmap(f)(*stacked)
     for i, case in enumerate(cases):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-6), got, f(*case.arrays))
+        for a, b in zip(got, f(*case.arrays), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-6)
 
 
 def test_reasons_say_what_is_wrong():
     e = ELEMENTS["int4"]
-    reason = lambda k=Layout(e), v=Layout(e), **more: why_not((k, v), 64, **more)
+    whole = Layout(e)
+    reason = lambda k=whole, v=whole, **more: why_not((k, v), 64, **more)
     assert reason() is None
     assert "blocks of 24 tokens" in reason(Layout(e, tokens=24))
     assert "values with a scale for a channel" in reason(v=Layout(e, tokens=32))
