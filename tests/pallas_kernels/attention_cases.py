@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.decode_attention import Coded, Layout, Rules
+from pallas_kernels.decode_attention.layout import code_bytes
 from pallas_kernels.quantized_matmul import reference as products
 from pallas_kernels.quantized_matmul.elements import ELEMENTS, Element, values
 from tests.pallas_kernels.cases import random_codes, random_scale
@@ -82,9 +83,7 @@ def coded(rng: np.random.Generator, kind: Kind, shape: tuple[int, int, int, int]
     size = float(np.sqrt(np.mean(table[finite] ** 2)))
     if kind.scale is None:
         return Coded(planes, static=static / size)
-    blocks = (*shape[:3], -(-shape[3] // kind.group) if kind.group else 1)
-    if kind.tokens > 1:
-        blocks = (*shape[:2], shape[2] // kind.tokens, shape[3])
+    blocks = _blocks(kind, shape)
     scale = random_scale(rng, blocks, kind.scale)
     if kind.scale in ("float32", "bfloat16"):
         scale = (scale.astype(jnp.float32) / size).astype(kind.scale)
@@ -182,3 +181,22 @@ def decode64(c: Coded, layout: Layout, dim: int) -> np.ndarray:
             axis, times = (-2, layout.tokens) if layout.tokens > 1 else (-1, layout.group or dim)
             out = how(out, as64(a).repeat(times, axis=axis)[..., :dim])
     return out if c.static is None else out * as64(c.static)[:, None, None]
+
+
+def shapes(kind: Kind, shape: tuple[int, int, int, int]) -> Coded:
+    """The shapes of `coded`."""
+    s, e = jax.ShapeDtypeStruct, kind.layout.element
+    static = s((shape[1],), jnp.float32) if kind.static else None
+    if e is None:
+        return Coded((s(shape, kind.element),))
+    planes = tuple(s((*shape[:3], n), jnp.uint8) for n in code_bytes(e, shape[3]))
+    blocks = _blocks(kind, shape)
+    zero = s(blocks, jnp.uint8) if kind.zero else None
+    return Coded(planes, None if kind.scale is None else s(blocks, kind.scale), zero, static)
+
+
+def _blocks(kind: Kind, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """The shape of scales."""
+    if kind.tokens > 1:
+        return (*shape[:2], shape[2] // kind.tokens, shape[3])
+    return (*shape[:3], -(-shape[3] // kind.group) if kind.group else 1)
