@@ -10,7 +10,7 @@ a tensor core; scales multiply what is left of the products:
 
 Scales of groups too small for a tensor core, and of channels for a block of tokens (KIVI), are multiplied with the
 elements, which rounds these to bfloat16 (not those of NVFP4 and MXFP4: their products are bfloat16 numbers), and a
-codebook's values are rounded to bfloat16.
+codebook's values are rounded to bfloat16 (those of many codes come from a polynomial, to 2^-12, and are rounded then).
 
 A word of codes holds several channels, one to a lane (see `quantized_matmul.triton`): queries are parted into lanes
 beforehand, and the result is put together afterwards. Queries and weights are float32. A tensor core takes 16 rows, a
@@ -502,7 +502,11 @@ class _Reader(NamedTuple):
         if e.kind == "int":
             out = upcast.integers(codes, e.bits, zero, BFLOAT16)
         elif e.kind == "table":
-            out = upcast.table(codes, e.table, BFLOAT16)
+            smooth = upcast.odd_polynomial(e.table)
+            if smooth is None:
+                out = upcast.table(codes, e.table, BFLOAT16)
+            else:
+                out = upcast.polynomial(codes, smooth, e.bits, BFLOAT16)
         else:
             out = upcast.small_floats(codes, e, BFLOAT16)
             if e.storage == "float8_e4m3fn" and view.scales == "none":  # elsewhere the scale says it
