@@ -45,6 +45,10 @@ class Problem(NamedTuple):
 TUNED: dict[tuple[str, int, int, int, int, int, int], Tiling] = {}
 
 
+# Of a warp, for each channel of a token: about what the kernels have been compiled to (50 for 128 channels).
+INSTRUCTIONS = 0.4
+
+
 def choose(p: Problem, device: str, gpu: Gpu) -> Tiling:
     """The tiling of a problem: the table's, else that which the model below finds fastest."""
     key = (device, p.rows, p.dim, round(p.token_bytes), p.largest, p.batch * p.kv_heads, _power(p.length))
@@ -63,7 +67,7 @@ def _candidates(p: Problem) -> list[Tiling]:
     # sums and elements would not fit in the registers of one.
     per_warp = 32 if p.dim <= 128 else 16
     blocks = {min(p.largest, b, max(16, _power(p.length))) for b in (64, 128)}
-    splits = [s for n in range(11) if (s := 1 << n) == 1 or p.length >= s * min(blocks)]
+    splits = [s for n in range(11) for s in (1 << n, 3 << n) if s == 1 or p.length >= s * min(blocks)]
     return [Tiling(b, s, max(1, b // per_warp), stages) for b in blocks for s in splits for stages in (2, 3, 4)]
 
 
@@ -100,6 +104,9 @@ def seconds(p: Problem, t: Tiling, gpu: Gpu) -> float:
     per_split = math.ceil(p.length / t.splits / t.block) * t.block * t.splits / p.length
     # Of the last wave, only as much as it holds runs, a little faster each.
     even = n / (waves * at_once) if waves > 1 else 1.0
-    turn = 0.4e-6 * math.ceil(p.length / t.splits / t.block) * waves  # what a program does between loads
     memory = read * per_split / (gpu.bandwidth * hidden * even)
-    return max(memory, turn) + 2 * state / gpu.bandwidth + (3e-6 if t.splits > 1 else 0.0)
+    # A scheduler issues an instruction every third cycle for one warp, and nearly always for three.
+    per_scheduler = min(resident(p, t, gpu), math.ceil(n / gpu.cores)) * t.warps / 4
+    issued = 4 * min(gpu.cores, n) * gpu.clock_ghz * 1e9 * min(0.9, 0.35 * per_scheduler)
+    work = p.batch * p.kv_heads * p.length * per_split * INSTRUCTIONS * p.dim / (issued * even)
+    return max(memory, work) + 2 * state / gpu.bandwidth + (3e-6 if t.splits > 1 else 0.0)
