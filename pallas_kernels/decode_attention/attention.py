@@ -118,4 +118,5 @@ def problem(q: tuple[int, ...], keys: Coded, values: Coded, slots: int, largest:
     batch, kv_heads, rows, dim = q
     arrays = [a for c in (keys, values) for a in (*c.codes, c.scale, c.zero_point) if a is not None]
     per_token = sum(a.dtype.itemsize * a.size / (keys.codes[0].size // keys.codes[0].shape[-1]) for a in arrays)
-    return Problem(batch, kv_heads, rows, slots, dim, per_token, largest)
+    doubled = any(c.codes[0].dtype in (jnp.float32, jnp.float16) for c in (keys, values))
+    return Problem(batch, kv_heads, rows, slots, dim, per_token, largest, doubled)

@@ -30,6 +30,7 @@ class Problem(NamedTuple):
       dim: head_dim.
       token_bytes: of keys and values of a token and head, scales included.
       largest: slots of a block at most.
+      doubled: whether an element is the sum of two numbers, in registers.
     """
 
     batch: int
@@ -39,6 +40,7 @@ class Problem(NamedTuple):
     dim: int
     token_bytes: float
     largest: int
+    doubled: bool = False
 
 
 # Filled by a tuner on a GPU: (device, rows, dim, bytes of a token, largest block, B * K, least power of two >= length).
@@ -63,12 +65,14 @@ def _power(n: int) -> int:
 
 
 def _candidates(p: Problem) -> list[Tiling]:
-    # A warp for 32 slots: with fewer slots than threads, scales would be loaded several times. Two for vectors whose
-    # sums and elements would not fit in the registers of one.
-    per_warp = 32 if p.dim <= 128 else 16
-    blocks = {min(p.largest, b, max(16, _power(p.length))) for b in (64, 128)}
-    splits = [s for n in range(11) for s in (1 << n, 3 << n) if s == 1 or p.length >= s * min(blocks)]
-    return [Tiling(b, s, max(1, b // per_warp), stages) for b in blocks for s in splits for stages in (2, 3, 4)]
+    # A warp for 32 slots: with fewer slots than threads, scales would be loaded several times. Two or four for vectors
+    # whose sums and elements would not fit in the registers of one.
+    numbers = _power(p.dim) * (3 if p.doubled else 1)  # doubled: the number, and the two
+    per_warp = 32 if numbers <= 128 else 16 if numbers <= 256 else 8
+    blocks = {min(p.largest, b, max(16, _power(p.length))) for b in (32, 64, 128)}
+    splits = [s for n in range(11) for s in (1 << n, 3 << n)]
+    sizes = [(b, s) for b in blocks for s in splits if s == 1 or p.length >= s * b]
+    return [Tiling(b, s, max(1, b // per_warp), stages) for b, s in sizes for stages in (2, 3, 4)]
 
 
 def shared_bytes(p: Problem, t: Tiling) -> int:

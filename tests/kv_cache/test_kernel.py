@@ -52,13 +52,11 @@ def close(want, got, tolerance=2e-5):
     np.testing.assert_allclose(normal(got), normal(want), atol=tolerance * 8 * size)
 
 
-SLOW = ("float32", "fp8_e5m2", "search", "int3", "4o6", "mxfp4", "lloyd2", "float32,sinks")
+QUICK = ("int8", "int4-g64-asym-rot", "keys=int4-t8-asym-search,values=nvfp4,sinks=5,residual=7")
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    "name", [pytest.param(f, marks=pytest.mark.slow if any(s in f for s in SLOW) else ()) for f in FORMATS]
-)
+@pytest.mark.parametrize("name", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FORMATS])
 def test_the_kernel_gives_the_running_softmax(name):
     """Of every format, with a short sequence, sinks and float windows left out."""
     rounded = any(s in name for s in ("lloyd", "-t", "int3", "int2"))
@@ -70,7 +68,7 @@ def test_the_kernel_gives_the_running_softmax(name):
     "options, rules",
     [
         (dict(pages=5, page_size=32), dict(soft_cap=1.5)),
-        (dict(ring=True, slots=32), dict(window=20)),
+        pytest.param(dict(ring=True, slots=32), dict(window=20), marks=pytest.mark.slow),
         (dict(center=0.25, gain=2.0), dict(window=20, sink_tokens=3)),
     ],
 )
@@ -78,6 +76,7 @@ def test_pages_rings_windows_centers(options, rules):
     close(*both(*filled("int4-g32-asym-rot", **options), **rules))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_several_tokens_and_under_vmap():
     """Two tokens of two heads; two layers at a time."""

@@ -64,14 +64,15 @@ def test_attention_over_a_cache_fits_and_gives_cores_work(device, token_bytes):
     """Any batch, kv heads and length; where there is enough to read, at least as many programs as cores, nearly."""
     g = GPUS[device]
     for dim, sequences, length in itertools.product((64, 128, 256), (1, 8, 128), (100, 4096, 131072)):
+        doubled = token_bytes == 512
         for largest in (16, 64, 1 << 20):
-            p = decode_attention.Problem(sequences, 1, 4, length, dim, token_bytes * dim / 128, largest)
+            p = decode_attention.Problem(sequences, 1, 4, length, dim, token_bytes * dim / 128, largest, doubled)
             t = decode_attention.choose(p, device, g)
             assert 16 <= t.block <= largest and t.block & (t.block - 1) == 0
             assert decode_attention.shared_bytes(p, t) <= g.shared_per_block
             assert t.splits <= max(1, math.ceil(length / t.block))
             if length > 100 and sequences * length >= 131072:
                 assert decode_attention.programs(p, t) >= 0.9 * g.cores
-            # Programs run in whole waves, or in so many that the last one counts little.
-            waves = decode_attention.programs(p, t) / (g.cores * decode_attention.resident(p, t, g))
-            assert waves < 1.01 or waves / math.ceil(waves) > 0.7
+                # Programs run in whole waves, or in so many that the last one counts little.
+                waves = decode_attention.programs(p, t) / (g.cores * decode_attention.resident(p, t, g))
+                assert waves < 1.01 or waves / math.ceil(waves) > 0.7
