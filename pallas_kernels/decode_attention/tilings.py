@@ -104,7 +104,8 @@ def seconds(p: Problem, t: Tiling, gpu: Gpu) -> float:
     state = 4 * n * p.rows * (p.dim + 2)  # written, and read again
     # Bytes under way hide the latency of memory (about 0.7 us): a core needs its share of them.
     under_way = min(n, at_once) * (t.stages - 1) * t.block * p.token_bytes
-    hidden = min(1.0, under_way / (0.7e-6 * gpu.bandwidth))
+    # And it draws no more than half as much again as its share of the bandwidth.
+    hidden = min(1.0, under_way / (0.7e-6 * gpu.bandwidth), 1.5 * n / gpu.cores)
     per_split = math.ceil(p.length / t.splits / t.block) * t.block * t.splits / p.length
     # Of the last wave, only as much as it holds runs, a little faster each.
     even = n / (waves * at_once) if waves > 1 else 1.0

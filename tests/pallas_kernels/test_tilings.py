@@ -61,7 +61,7 @@ def test_blocks_of_8_bit_codes_fit(device, group):
 @pytest.mark.parametrize("device", GPUS)
 @pytest.mark.parametrize("token_bytes", [37, 72, 260, 512])
 def test_attention_over_a_cache_fits_and_gives_cores_work(device, token_bytes):
-    """Any batch, kv heads and length; where there is enough to read, at least as many programs as cores, nearly."""
+    """Any batch, kv heads and length; where there is enough to read, a program for every other core at least."""
     g = GPUS[device]
     for dim, sequences, length in itertools.product((64, 128, 256), (1, 8, 128), (100, 4096, 131072)):
         doubled = token_bytes == 512
@@ -72,7 +72,7 @@ def test_attention_over_a_cache_fits_and_gives_cores_work(device, token_bytes):
             assert decode_attention.shared_bytes(p, t) <= g.shared_per_block
             assert t.splits <= max(1, math.ceil(length / t.block))
             if length > 100 and sequences * length >= 131072:
-                assert decode_attention.programs(p, t) >= 0.9 * g.cores
+                assert decode_attention.programs(p, t) >= g.cores / 2
                 # Programs run in whole waves, or in so many that the last one counts little.
                 waves = decode_attention.programs(p, t) / (g.cores * decode_attention.resident(p, t, g))
                 assert waves < 1.01 or waves / math.ceil(waves) > 0.7
