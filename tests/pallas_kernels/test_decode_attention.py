@@ -110,7 +110,7 @@ def test_pages(name):
     table = np.full((3, 3), -1)
     table[0, :2], table[2] = [4, 1], rng.permutation([0, 6, 2])
     arrays = (case.arrays[0], *pool.arrays[1:3], *case.arrays[3:])
-    check(Case(arrays, {**case.options, "table": jnp.asarray(table, jnp.int32)}))
+    check(Case(arrays, {**case.options, "table": jnp.asarray(table, jnp.int32)}), unit_of(name))
 
 
 @pytest.mark.parametrize("name", some(["bfloat16", "int8", "int4-g32-asym", "nvfp4", "int4-t32-asym"], ["int8"]))
