@@ -3,54 +3,24 @@
 Shapes: B batch, L queries, K key/value heads, G query heads for each of them, D head_dim, n positions of a block.
 
 The parts of the cache (codes, sinks in float, window in float) are taken one after the other into one running softmax
-(Milakov & Gimelshein 2018; flash attention, arXiv 2205.14135). `codes_attention` is the part that reads codes. It takes
-the raw arrays and gives that running state, so a kernel can stand in its place.
+(`softmax`). `codes_attention` is the part that reads codes. It takes the raw arrays and gives that running state; for a
+few queries on a GPU a kernel stands in its place.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jquant.core.errors import CacheError
-from jquant.kv_cache import paging
+from jquant.kv_cache import kernel, paging
 from jquant.kv_cache.cache import Floats, KVCache, read_ranges
 from jquant.kv_cache.coding import Store, decode_vectors
 from jquant.kv_cache.format import CacheFormat
 from jquant.kv_cache.rotation import rotate, unrotate
+from jquant.kv_cache.softmax import Rules, Running, take_in, take_logits
 
 # Positions decoded at once. On two cores 256 x 64 floats of a head stay in the first two levels of the CPU's caches:
 # over int8 codes the products then take the time of products over floats; decoded whole, twice as much.
 _BLOCK = 256
-
-
-class Rules(NamedTuple):
-    """Which positions a query sees, and how scores are made: what all parts of a cache share.
-
-    Attributes:
-      at: int32 `[B, L]`, positions of the queries.
-      window: a query sees itself and the `window - 1` positions before it; None, all before it.
-      sink_tokens: so many first positions are seen from everywhere.
-      scale: what products are multiplied with.
-      soft_cap: scores are `cap * tanh(score / cap)`; None leaves them.
-    """
-
-    at: jax.Array
-    window: int | None
-    sink_tokens: int
-    scale: float
-    soft_cap: float | None
-
-
-class Running(NamedTuple):
-    """A softmax under way, float32: the largest score, the sum of exp(score - largest), the values weighted by those.
-
-    `[B, K, G, L, 1]`, `[B, K, G, L, 1]`, `[B, K, G, L, D]`.
-    """
-
-    top: jax.Array
-    total: jax.Array
-    out: jax.Array
 
 
 def attend(
@@ -93,16 +63,12 @@ def attend(
         positions = cache.length[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
     rules = Rules(positions, window, sink_tokens, dim**-0.5 if scale is None else scale, soft_cap)
     q5 = q.astype(jnp.float32).reshape(batch, tokens, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
-    state = codes_attention(
-        q5, cache.keys, cache.values, cache.format, rules, read_ranges(cache),
-        center=cache.center, gain=cache.gain, table=cache.table, page_size=cache.page_size, capacity=cache.capacity,
-        ring=cache.ring,
-    )  # fmt: skip
+    state = _over_codes(q5, cache, rules)
     for part, at in _float_parts(cache):
         keys, values = (a.astype(jnp.float32) for a in part)
-        state = _take_in(state, q5, keys, values, at, rules)
+        state = take_in(state, q5, keys, values, at, rules)
     if sink_logits is not None:
-        state = _take_logits(state, sink_logits.astype(jnp.float32).reshape(kv_heads, -1, 1, 1))
+        state = take_logits(state, sink_logits.astype(jnp.float32).reshape(kv_heads, -1, 1, 1))
     out = state.out / jnp.where(state.total == 0, 1, state.total)
     out = jnp.where(cache.overflow[:, None, None, None, None], jnp.nan, out)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
@@ -127,6 +93,31 @@ def _check(q: jax.Array, cache: KVCache, kv_heads: int, window: int | None, sink
             f"attend: a ring overwrites the first {sink_tokens} tokens; keep them in float: sinks={sink_tokens} in the "
             "format"
         )
+
+
+def _over_codes(q: jax.Array, cache: KVCache, rules: Rules) -> Running:
+    """`codes_attention`: the kernel where a program is lowered for an NVIDIA GPU, and has one for this cache."""
+    arrays = (q, cache.keys, cache.values, rules.at, read_ranges(cache), cache.center, cache.gain, cache.table)
+    page = cache.page_size
+
+    def plain(q, keys, values, at, ranges, center, gain, table):  # type: ignore[no-untyped-def]
+        return codes_attention(
+            q, keys, values, cache.format, rules._replace(at=at), ranges, center=center, gain=gain, table=table,
+            page_size=page, capacity=cache.capacity, ring=cache.ring,
+        )  # fmt: skip
+
+    if kernel.why_not(cache.format, cache.head_dim, q.shape[2] * q.shape[3], page) is not None:
+        return plain(*arrays)
+
+    @jax.custom_jvp
+    def fast(q, keys, values, at, ranges, center, gain, table):  # type: ignore[no-untyped-def]
+        return kernel.codes_attention(
+            q, keys, values, cache.format, rules._replace(at=at), ranges, center=center, gain=gain, table=table,
+            page_size=page, ring=cache.ring,
+        )  # fmt: skip
+
+    fast.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return jax.lax.platform_dependent(*arrays, cuda=fast, default=plain)
 
 
 def codes_attention(
@@ -162,7 +153,7 @@ def codes_attention(
         seen = (at >= fmt.sinks) & (at < end[:, None]) & (slots >= i * size)
         read = lambda store, coding: decode_vectors(_slice(store, table, start, size), coding, dim)
         (k, k_scale), (v, v_scale) = read(keys, fmt.keys), read(values, fmt.values)
-        return _take_in(state, turned, k, v, jnp.where(seen, at, -1), rules, k_scale, v_scale, shift)
+        return take_in(state, turned, k, v, jnp.where(seen, at, -1), rules, k_scale, v_scale, shift)
 
     empty = jnp.zeros(q.shape[:-1] + (1,), jnp.float32)
     state = Running(empty - jnp.inf, empty, jnp.zeros(q.shape, jnp.float32))
@@ -199,47 +190,3 @@ def _float_parts(cache: KVCache) -> list[tuple[Floats, jax.Array]]:
         first = jnp.maximum(read_ranges(cache)[0], cache.format.sinks)
         parts.append((cache.window, jnp.where(at >= first[:, None], at, -1)))
     return parts
-
-
-def _take_in(
-    state: Running,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    at: jax.Array,
-    rules: Rules,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-    shift: jax.Array | float = 0.0,
-) -> Running:
-    """The softmax with some more keys and values `[B, K, n, D]`, at positions `at` `[B, n]` (-1: nothing there)."""
-    scores = jnp.einsum("bkgld,bknd->bkgln", q, k)
-    if k_scale is not None:
-        scores = scores * k_scale[:, :, None, None, :]
-    scores = (scores + shift) * rules.scale
-    if rules.soft_cap is not None:
-        scores = rules.soft_cap * jnp.tanh(scores / rules.soft_cap)
-    scores = jnp.where(_sees(at, rules)[:, None, None], scores, -jnp.inf)
-    top = jnp.maximum(state.top, jnp.max(scores, axis=-1, keepdims=True))
-    base = jnp.where(top == -jnp.inf, 0, top)  # where nothing has been seen yet
-    weights, kept = jnp.exp(scores - base), jnp.exp(state.top - base)
-    total = state.total * kept + jnp.sum(weights, axis=-1, keepdims=True)
-    if v_scale is not None:
-        weights = weights * v_scale[:, :, None, None, :]
-    return Running(top, total, state.out * kept + jnp.einsum("bkgln,bknd->bkgld", weights, v))
-
-
-def _sees(at: jax.Array, rules: Rules) -> jax.Array:
-    """bool `[B, L, n]`: whether a query sees a position."""
-    keys, queries = at[:, None, :], rules.at[:, :, None]
-    sees = (keys >= 0) & (keys <= queries)
-    if rules.window is None:
-        return sees
-    return sees & ((keys > queries - rules.window) | (keys < rules.sink_tokens))
-
-
-def _take_logits(state: Running, logits: jax.Array) -> Running:
-    """The softmax with one more entry, which has no value."""
-    top = jnp.maximum(state.top, logits)
-    kept = jnp.exp(state.top - top)
-    return Running(top, state.total * kept + jnp.exp(logits - top), state.out * kept)

@@ -247,9 +247,7 @@ def _whole_blocks(
     return whole, at, at // size * size + size <= end[:, None]
 
 
-def _write_store(
-    cache: KVCache, store: Store, new: Store, where: jax.Array, valid: jax.Array, tokens: int
-) -> Store:
+def _write_store(cache: KVCache, store: Store, new: Store, where: jax.Array, valid: jax.Array, tokens: int) -> Store:
     def write(old: jax.Array | None, update: jax.Array | None, per: int) -> jax.Array | None:
         if old is None or update is None:
             return None

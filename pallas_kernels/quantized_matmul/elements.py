@@ -48,12 +48,14 @@ ELEMENTS: dict[str, Element] = {
 }
 
 
-def element(name: str) -> Element:
-    """The element of that name.
+def element(name: str | Element) -> Element:
+    """The element of that name; itself, if it is one.
 
     Raises:
       ValueError: there is none.
     """
+    if isinstance(name, Element):
+        return name
     if name not in ELEMENTS:
         raise ValueError(f"element {name!r} is not known; choose one of {', '.join(ELEMENTS)}")
     return ELEMENTS[name]
@@ -64,7 +66,7 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return tuple(w for w in (8, 4, 2, 1) if bits & w)
 
 
-def values(name: str, signed: bool) -> np.ndarray:
+def values(name: str | Element, signed: bool) -> np.ndarray:
     """The value of every code, float32 `[2**bits]`; `signed` says how integers count."""
     e = element(name)
     codes = np.arange(2**e.bits)

@@ -188,9 +188,9 @@ def _run(
     m, n, e = x.shape[-2], planes[0].shape[-2], weight.element
     p = Problem(x.shape[0] if batched else 1, m, n, weight.k, e.bits, weight.lanes, weight.group or weight.k)
     t = tiling or choose(p, device, gpu(device))
-    words = _words(planes, weight)
+    words = upcast.as_words(planes, weight.element.bits, weight.lanes)
     parted = _part(x, weight, words[0].shape[-1])
-    scales = [_stored(scale)] + ([] if zero_point is None else [_zero(zero_point)])
+    scales = [upcast.stored_scale(scale)] + ([] if zero_point is None else [upcast.stored_zero(zero_point)])
     if not weight.group:
         scales = [jnp.squeeze(s, -1) for s in scales]
     how = dict(weight=weight, t=t, scale_dtype=scale.dtype.name, rest=rest, packed=packed)
@@ -202,33 +202,11 @@ def _run(
     return jnp.sum(out, axis=-3).astype(out_dtype) if t.split_k > 1 else jnp.squeeze(out, -3)
 
 
-def _words(planes: tuple[jax.Array, ...], w: Weight) -> list[jax.Array]:
-    """The planes as words of equal number: a byte of the narrowest, 2 or 4 bytes of wider ones. Moves nothing."""
-
-    def view(plane: jax.Array, width: int) -> jax.Array:
-        size = width * w.lanes // 8
-        if size == 1:
-            return plane
-        word = {2: jnp.uint16, 4: jnp.uint32}[size]
-        return lax.bitcast_convert_type(plane.reshape(*plane.shape[:-1], -1, size), word)
-
-    return [view(plane, width) for plane, width in zip(planes, plane_widths(w.element.bits), strict=True)]
-
-
 def _part(x: jax.Array, w: Weight, words: int) -> jax.Array:
     """`[..., M, K]` as `[..., lanes M, words]`: the elements of the first lane, then those of the second, and so on."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, words * w.lanes - x.shape[-1])])
     lanes = jnp.moveaxis(x.reshape(*x.shape[:-1], words, w.lanes), -1, -3)
     return lanes.reshape(*x.shape[:-2], w.lanes * x.shape[-2], words)
-
-
-def _stored(scale: jax.Array) -> jax.Array:
-    """Scales of 8 bits as bytes: Triton has no such dtypes."""
-    return lax.bitcast_convert_type(scale, jnp.uint8) if scale.dtype.itemsize == 1 else scale
-
-
-def _zero(zero: jax.Array) -> jax.Array:
-    return zero if zero.dtype in (jnp.uint8, jnp.float32) else zero.astype(jnp.float32)
 
 
 def _call(
@@ -286,7 +264,7 @@ def _kernel(
             x = load(x_ref, (pl.ds(rows_m.start + lane * m, t.block_m), columns), x_mask)
             w = _values(loaded, lane, zero, weight, dtype, rest, packed)
             if scaler.inside:
-                w = _times(w, scale, dtype)
+                w = upcast.times(w, scale, dtype)
             product = compat.dot(w, x.T)
             total = product if total is None else total + product
         assert total is not None
@@ -312,13 +290,6 @@ def _values(
         return upcast.small_floats(codes, e, dtype)
     near = np.asarray(e.table, np.float32).astype(dtype).astype(np.float32)
     return upcast.table(codes, tuple(np.asarray(e.table, np.float32) - near) if rest else tuple(near), dtype)
-
-
-def _times(w: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
-    """Elements times scales, rounded once to `dtype`."""
-    if scale.dtype == dtype:
-        return w * scale
-    return (w.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
 
 
 class _Scaler(NamedTuple):
@@ -349,10 +320,14 @@ class _Scaler(NamedTuple):
             zero_dtype = jnp.float32 if self.zero_ref.dtype == jnp.float32 else dtype
         if not self.inside:
             block = at * self.t.block_k // self.weight.group if self.weight.group else 0
-            scale = _decode_scale(self._column(self.scale_ref, block), self.scale_dtype) if self.weight.group else None
+            scale = (
+                upcast.scale_numbers(self._column(self.scale_ref, block), self.scale_dtype)
+                if self.weight.group
+                else None
+            )
             zero = None if zero_dtype is None else self._column(self.zero_ref, block).astype(zero_dtype)
             return scale, zero
-        scale = _decode_scale(self._spread(self.scale_ref, at), self.scale_dtype, dtype)
+        scale = upcast.scale_numbers(self._spread(self.scale_ref, at), self.scale_dtype, dtype)
         zero = None if zero_dtype is None else self._spread(self.zero_ref, at).astype(zero_dtype)
         return scale, zero
 
@@ -362,7 +337,7 @@ class _Scaler(NamedTuple):
         unit = 1 / upcast.small_float_unit(e) if e.kind == "float" else 1.0
         if self.weight.group:
             return unit
-        return _decode_scale(self._column(self.scale_ref, 0), self.scale_dtype) * unit
+        return upcast.scale_numbers(self._column(self.scale_ref, 0), self.scale_dtype) * unit
 
     def _column(self, ref: Any, block: Any) -> jax.Array:
         ends = None if self.n % self.rows.size == 0 else (indices(self.rows) < self.n)
@@ -375,18 +350,3 @@ class _Scaler(NamedTuple):
         per_block = load(ref, (self.rows, where), mask((self.rows, self.n), (where, ref.shape[1])))
         whole = (self.rows.size, count, self.weight.group // lanes)
         return jnp.broadcast_to(per_block[:, :, None], whole).reshape(self.rows.size, -1)
-
-
-def _decode_scale(scale: jax.Array, stored: str, dtype: Any = jnp.float32) -> jax.Array:
-    """Scales as numbers: float32 for sums; for elements `dtype`, where that holds them exactly, else float32."""
-    if stored == "float8_e8m0fnu":
-        if dtype == jnp.bfloat16:
-            return lax.bitcast_convert_type(scale.astype(jnp.uint16) << np.uint16(7), jnp.bfloat16)
-        return lax.bitcast_convert_type(scale.astype(jnp.uint32) << np.uint32(23), jnp.float32)
-    if stored == "float8_e4m3fn":
-        e = element("fp8_e4m3")
-        number = upcast.small_floats(scale.astype(jnp.uint16), e, jnp.float16).astype(jnp.float32)
-        return (number * np.float32(1 / upcast.small_float_unit(e))).astype(
-            dtype if dtype == jnp.bfloat16 else jnp.float32
-        )
-    return scale if scale.dtype == dtype else scale.astype(jnp.float32)

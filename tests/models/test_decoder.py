@@ -206,3 +206,19 @@ def test_key_settings_are_the_mean_key_and_the_balance_of_keys_and_queries():
     assert error(**found) < error()
     with pytest.raises(ModelError, match="none behind the first 4"):
         key_settings(params, config, [tokens[:, :4]])
+
+
+def test_a_decode_step_for_a_gpu_has_one_kernel_for_the_cache_of_each_layer():
+    """And none on a CPU; a prompt, of more queries than the kernel takes, has none either."""
+    config = CONFIGS["llama"]
+    params, tokens, apply = make_params(config), make_tokens(config, 40), build(config)
+    cache = init_cache(config, 2, 64, "int8")
+
+    def kernels(tokens, platform="cuda"):
+        step = jax.jit(lambda params, tokens, cache: apply(params, tokens, cache=cache))
+        text = step.trace(params, tokens, cache).lower(lowering_platforms=(platform,)).as_text()
+        return text.count("__gpu$xla.gpu.triton")
+
+    assert kernels(tokens[:, :1]) == config.num_layers
+    assert kernels(tokens[:, :1], "cpu") == 0
+    assert kernels(tokens) == 0

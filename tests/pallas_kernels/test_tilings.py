@@ -1,9 +1,11 @@
 """The tilings that the model chooses, for every shape of the list: valid, and with work for all cores in decoding."""
 
+import itertools
 import math
 
 import pytest
 
+from pallas_kernels.decode_attention import tilings as decode_attention
 from pallas_kernels.gpus import GPUS
 from pallas_kernels.low_precision_matmul import tilings as low_precision
 from pallas_kernels.quantized_matmul import tilings, upcast
@@ -54,3 +56,23 @@ def test_blocks_of_8_bit_codes_fit(device, group):
             assert (t.block_m + t.block_n) * t.block_k * t.stages <= g.shared_per_block
             assert group is None or group % t.block_k == 0
             assert math.ceil(s.k / t.block_k) >= t.split_k
+
+
+@pytest.mark.parametrize("device", GPUS)
+@pytest.mark.parametrize("token_bytes", [37, 72, 260, 512])
+def test_attention_over_a_cache_fits_and_gives_cores_work(device, token_bytes):
+    """Any batch, kv heads and length; where there is enough to read, a program for every other core at least."""
+    g = GPUS[device]
+    for dim, sequences, length in itertools.product((64, 128, 256), (1, 8, 128), (100, 4096, 131072)):
+        doubled = token_bytes == 512
+        for largest in (16, 64, 1 << 20):
+            p = decode_attention.Problem(sequences, 1, 4, length, dim, token_bytes * dim / 128, largest, doubled)
+            t = decode_attention.choose(p, device, g)
+            assert 16 <= t.block <= largest and t.block & (t.block - 1) == 0
+            assert decode_attention.shared_bytes(p, t) <= g.shared_per_block
+            assert t.splits <= max(1, math.ceil(length / t.block))
+            if length > 100 and sequences * length >= 131072:
+                assert decode_attention.programs(p, t) >= g.cores / 2
+                # Programs run in whole waves, or in so many that the last one counts little.
+                waves = decode_attention.programs(p, t) / (g.cores * decode_attention.resident(p, t, g))
+                assert waves < 1.01 or waves / math.ceil(waves) > 0.7

@@ -5,8 +5,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.quantized_matmul import reference, triton, upcast
+from pallas_kernels.quantized_matmul import reference, upcast
 from pallas_kernels.quantized_matmul.elements import ELEMENTS, element, plane_widths, values
+from tests.pallas_kernels.attention_cases import LLOYD2, LLOYD4
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -57,8 +58,7 @@ def test_a_table_is_looked_up_in_every_dtype():
 def test_lanes_of_words_are_the_codes(bits, word_bytes):
     """Every code is found in its word and lane: lane l of word j is code j * lanes + l."""
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 64)).astype(np.uint8)
-    name = f"int{bits}"
-    words = triton._words(reference.pack(jnp.asarray(codes), bits), triton.Weight(name, 0, 64, word_bytes))
+    words = upcast.as_words(reference.pack(jnp.asarray(codes), bits), bits, upcast.lanes(bits, word_bytes))
     assert len({w.shape for w in words}) == 1
     lanes = [upcast.lane_codes(tuple(words), bits, lane) for lane in range(upcast.lanes(bits, word_bytes))]
     np.testing.assert_array_equal(np.stack(lanes, -1).reshape(3, 64), codes)
@@ -124,3 +124,15 @@ def test_the_packed_upcast_is_the_plain_one_for_every_word(bits, dtype):
             twice = np.full(pairs.shape, int(offset.view(np.uint16)) * 0x10001, np.uint32)
             got = run_ptx(upcast.packed_asm(bits, lane, False, dtype), {"$1": pairs, "$2": twice}).view(np.dtype(dtype))
             np.testing.assert_array_equal(got, upcast.integers(codes, bits, z, dtype))
+
+
+def test_a_large_symmetric_table_is_a_polynomial_of_the_code():
+    """Every value to 2^-12 of itself, before it is rounded; tables that are not symmetric, or small, are none."""
+    coefficients = upcast.odd_polynomial(LLOYD4.table)
+    assert coefficients is not None
+    got = upcast.polynomial(jnp.arange(16, dtype=jnp.uint16), coefficients, 4, jnp.float32)
+    assert np.max(np.abs(np.asarray(got, np.float64) / np.asarray(LLOYD4.table) - 1)) < 2.0**-11.9
+    assert upcast.odd_polynomial(ELEMENTS["nf4"].table) is None
+    assert upcast.odd_polynomial(LLOYD2.table) is None
+    jump = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 9.0, 9.1)  # no smooth function
+    assert upcast.odd_polynomial((*(-v for v in jump[::-1]), *jump)) is None

@@ -1,0 +1,167 @@
+"""Decoding attention over a quantized cache, by the kernel: checked, timed and tabled; one command.
+
+    python benchmarks/attention.py [--length 32768] [--batch 16] [--formats int8 kivi4] [--device h100]
+
+The shape is Llama-3.1-8B's by default: 32 query heads, 8 kv heads, head_dim 128, one token for each sequence.
+
+On a GPU: the error against the plain path, microseconds of `kv_cache.attend` and of XLA's attention over bfloat16 keys
+and values in the same run, the ratio, and the share of the data sheet's bandwidth at which the cache is read.
+
+Elsewhere: what the compiler says, for `--device`: registers, spills, shared memory, occupancy, programs, instructions of
+a step of the loop for each token, bytes that are read over those of the cache. No speed is claimed there.
+"""
+
+import argparse
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jquant import kv_cache
+from jquant.kv_cache import attention, kernel
+from jquant.kv_cache.cache import read_ranges
+from jquant.kv_cache.softmax import Rules
+from pallas_kernels import harness
+from pallas_kernels.decode_attention import attention as parts
+from pallas_kernels.gpus import GPUS, gpu
+
+FORMATS = [
+    "bfloat16", "fp8_e4m3", "fp8_e4m3-tensor", "fp8_e5m2", "int8", "int4-g64-asym", "int4-g32-asym-rot", "kivi4", "kivi2",
+    "nvfp4", "turbo4", "turbo2",
+]  # fmt: skip
+
+
+def shapes(name: str, args: argparse.Namespace) -> kv_cache.KVCache:
+    make = lambda: kv_cache.init(args.batch, args.length, args.kv_heads, args.head_dim, name)
+    return jax.eval_shape(make)
+
+
+def cache_bytes(cache: kv_cache.KVCache) -> int:
+    """Of codes, scales and zero points."""
+    stores = [s._replace(static=None) for s in (cache.keys, cache.values)]
+    return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(stores))
+
+
+def run(which, q: jax.Array, cache: kv_cache.KVCache):
+    """Attention over the codes, by the kernel or the plain path; q `[B, 1, H, D]`."""
+    batch, _, heads, dim = q.shape
+    kv_heads = cache.keys.codes[0].shape[1]
+    q5 = q.astype(jnp.float32).reshape(batch, 1, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    rules = Rules(cache.length[:, None] - 1, None, 0, dim**-0.5, None)
+    more = dict(center=None, gain=None, table=None, page_size=0, ring=False)
+    if which is attention.codes_attention:
+        more["capacity"] = cache.capacity
+    state = which(q5, cache.keys, cache.values, cache.format, rules, read_ranges(cache), **more)
+    return (state.out / state.total).astype(q.dtype)
+
+
+# --- on a GPU ---
+
+
+def random(cache: kv_cache.KVCache, key: jax.Array) -> kv_cache.KVCache:
+    """Codes of any bits (of 8-bit floats: finite ones), scales near one, full to the last position."""
+
+    def one(a, key):
+        if a.dtype == jnp.bool:
+            return jnp.zeros(a.shape, bool)
+        if a.dtype == jnp.int32:
+            return jnp.full(a.shape, cache.capacity, jnp.int32)
+        if a.dtype == jnp.uint8:
+            return jax.random.bits(key, a.shape, jnp.uint8) & np.uint8(0xBB)
+        return jax.random.uniform(key, a.shape, jnp.float32, 0.01, 0.02).astype(a.dtype)
+
+    leaves, tree = jax.tree.flatten(cache)
+    return tree.unflatten([one(a, k) for a, k in zip(leaves, jax.random.split(key, len(leaves)))])
+
+
+def best(fn, *args) -> float:
+    fn = jax.jit(fn)
+    jax.block_until_ready(fn(*args))
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(fn(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def seconds(fn, q: jax.Array, *rest) -> float:
+    """Of one call, each after the other: eight in a program, whose queries are the result of the one before."""
+
+    def several(q, *rest):
+        for _ in range(8):
+            q = q + fn(q, *rest).reshape(q.shape) * jnp.asarray(1e-3, q.dtype)
+        return q
+
+    return best(several, q, *rest) / 8
+
+
+def timed(name: str, args: argparse.Namespace, xla: list[float]) -> str:
+    cache = random(shapes(name, args), jax.random.key(0))
+    q = jax.random.normal(jax.random.key(1), (args.batch, 1, args.heads, args.head_dim), jnp.bfloat16)
+    got, want = (
+        jax.jit(lambda q, c, f=f: run(f, q, c))(q, cache) for f in (kernel.codes_attention, attention.codes_attention)
+    )
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
+    mine = seconds(lambda q, c: run(kernel.codes_attention, q, c), q, cache)
+    if not xla:
+        shape = (args.batch, args.length, args.kv_heads, args.head_dim)
+        k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in (2, 3))
+        xla.append(seconds(lambda q, k, v: jax.nn.dot_product_attention(q, k, v), q, k, v))
+    rate = cache_bytes(cache) / mine / gpu(args.device).bandwidth
+    return f"| {name} | {error:.1e} | {mine * 1e6:.1f} | {xla[0] * 1e6:.1f} | {xla[0] / mine:.2f} | {rate:.0%} |"
+
+
+# --- without ---
+
+
+def static(name: str, args: argparse.Namespace) -> str:
+    cache = shapes(name, args)
+    q = jax.ShapeDtypeStruct((args.batch, 1, args.heads, args.head_dim), jnp.bfloat16)
+    program = harness.compile_for(args.device, lambda q, c: run(kernel.codes_attention, q, c), q, cache)
+    [k] = program.named("decode_attention")
+    rows = (args.batch, args.kv_heads, args.heads // args.kv_heads, args.head_dim)
+    stores = [parts.Coded(*s) for s in (cache.keys, cache.values)]
+    t = parts.choose(parts.problem(rows, *stores, cache.capacity, 1 << 20), args.device, gpu(args.device))
+    steps = math.ceil(cache.capacity / t.block / t.splits)
+    read = k.bytes_of_step() * steps * k.blocks / cache_bytes(cache)
+    held = cache_bytes(cache)
+    return (
+        f"| {name} | {t.block} x {t.splits} | {t.warps}, {t.stages} | {k.registers} | {k.spill_bytes} | {k.shared_bytes} "
+        f"| {k.occupancy(args.device):.0%} | {k.blocks} | {k.ptx.counts['all']} | {k.ptx.counts.get('mma.sync', 0)} "
+        f"| {read:.3f} | {held / 1e6:.0f} | {held / gpu(args.device).bandwidth * 1e6:.0f} |"
+    )
+
+
+HEADS = {
+    True: "| format | error | kernel, us | bf16 XLA, us | ratio | of the bandwidth |",
+    False: "| format | block x splits | warps, stages | registers | spills | shared memory | occupancy | blocks "
+    "| PTX instructions | tensor core products | bytes read / cache | cache, MB | roofline, us |",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("length", 32768), ("batch", 16), ("heads", 32), ("kv_heads", 8), ("head_dim", 128)):
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--device", default="h100", choices=list(GPUS))
+    args = parser.parse_args()
+    on_gpu, xla = jax.default_backend() == "gpu", []
+    kind = jax.devices()[0].device_kind if on_gpu else "compiled for " + gpu(args.device).kind
+    print(f"{kind}, jax {jax.__version__}; {args.batch} sequences of {args.length}, {args.heads} heads, ", end="")
+    print(f"{args.kv_heads} kv heads, head_dim {args.head_dim}\n")
+    print(HEADS[on_gpu] + "\n|" + "---|" * (HEADS[on_gpu].count("|") - 1), flush=True)
+    for name in args.formats:
+        try:
+            row = timed(name, args, xla) if on_gpu else static(name, args)
+        except Exception as error:  # one kernel that fails must not hide the others
+            row = f"| {name} | {type(error).__name__}: {str(error)[:200]} |"
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""How attention over a cache is cut: a model of occupancy, bytes and waves, and a table that a tuner may fill."""
+
+import math
+from typing import NamedTuple
+
+from pallas_kernels.gpus import Gpu
+
+
+class Tiling(NamedTuple):
+    """The static choices of one kernel.
+
+    Attributes:
+      block: slots that are read at a time; a power of two, at least 16.
+      splits: parts of a sequence's slots, each a program.
+      warps, stages: warps of a program; loads under way at once.
+    """
+
+    block: int
+    splits: int
+    warps: int = 4
+    stages: int = 3
+
+
+class Problem(NamedTuple):
+    """What a tiling is chosen for.
+
+    Attributes:
+      batch, kv_heads, rows: sequences, kv heads, queries of a kv head.
+      length: slots of a sequence.
+      dim: head_dim.
+      token_bytes: of keys and values of a token and head, scales included.
+      largest: slots of a block at most.
+      doubled: whether an element is the sum of two numbers, in registers.
+    """
+
+    batch: int
+    kv_heads: int
+    rows: int
+    length: int
+    dim: int
+    token_bytes: float
+    largest: int
+    doubled: bool = False
+
+
+# Filled by a tuner on a GPU: (device, rows, dim, bytes of a token, largest block, B * K, least power of two >= length).
+TUNED: dict[tuple[str, int, int, int, int, int, int], Tiling] = {}
+
+
+# Of a warp, for each channel of a token: about what the kernels have been compiled to (50 for 128 channels).
+INSTRUCTIONS = 0.4
+
+
+def choose(p: Problem, device: str, gpu: Gpu) -> Tiling:
+    """The tiling of a problem: the table's, else that which the model below finds fastest."""
+    key = (device, p.rows, p.dim, round(p.token_bytes), p.largest, p.batch * p.kv_heads, _power(p.length))
+    if key in TUNED:
+        return TUNED[key]
+    options = [t for t in _candidates(p) if shared_bytes(p, t) <= gpu.shared_per_block]
+    return min(options, key=lambda t: (seconds(p, t, gpu), t.splits, -t.block))
+
+
+def _power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _candidates(p: Problem) -> list[Tiling]:
+    # A warp for 32 slots: with fewer slots than threads, scales would be loaded several times. Two or four for vectors
+    # whose sums and elements would not fit in the registers of one.
+    numbers = _power(p.dim) * (3 if p.doubled else 1)  # doubled: the number, and the two
+    per_warp = 32 if numbers <= 128 else 16 if numbers <= 256 else 8
+    blocks = {min(p.largest, b, max(16, _power(p.length))) for b in (32, 64, 128)}
+    splits = [s for n in range(11) for s in (1 << n, 3 << n)]
+    sizes = [(b, s) for b in blocks for s in splits if s == 1 or p.length >= s * b]
+    return [Tiling(b, s, max(1, b // per_warp), stages) for b, s in sizes for stages in (2, 3, 4)]
+
+
+def shared_bytes(p: Problem, t: Tiling) -> int:
+    """Bytes of shared memory: codes of the blocks under way, and one block as bfloat16 between two layouts."""
+    return round(t.block * p.token_bytes * t.stages) + t.block * p.dim * 2
+
+
+def programs(p: Problem, t: Tiling) -> int:
+    """How many programs the kernel has."""
+    return p.batch * p.kv_heads * t.splits
+
+
+def resident(p: Problem, t: Tiling, gpu: Gpu) -> int:
+    """Programs that a core holds at a time: limited by shared memory, and by registers, up to 250 a thread."""
+    by_shared = gpu.shared_per_core // (shared_bytes(p, t) + 1024)
+    by_registers = gpu.registers // (32 * t.warps * 250)
+    return max(1, min(by_shared, by_registers))
+
+
+def seconds(p: Problem, t: Tiling, gpu: Gpu) -> float:
+    """What the model takes the kernel for, full to the last slot: bytes by whole waves, blocks filled up, and the sums.
+
+    A model to choose by, not a measurement.
+    """
+    at_once = gpu.cores * resident(p, t, gpu)
+    n = programs(p, t)
+    waves = math.ceil(n / at_once)
+    read = p.batch * p.kv_heads * p.length * p.token_bytes
+    state = 4 * n * p.rows * (p.dim + 2)  # written, and read again
+    # Bytes under way hide the latency of memory (about 0.7 us): a core needs its share of them.
+    under_way = min(n, at_once) * (t.stages - 1) * t.block * p.token_bytes
+    # And it draws no more than half as much again as its share of the bandwidth.
+    hidden = min(1.0, under_way / (0.7e-6 * gpu.bandwidth), 1.5 * n / gpu.cores)
+    per_split = math.ceil(p.length / t.splits / t.block) * t.block * t.splits / p.length
+    # Of the last wave, only as much as it holds runs, a little faster each.
+    even = n / (waves * at_once) if waves > 1 else 1.0
+    memory = read * per_split / (gpu.bandwidth * hidden * even)
+    # A scheduler issues an instruction every third cycle for one warp, and nearly always for three.
+    per_scheduler = min(resident(p, t, gpu), math.ceil(n / gpu.cores)) * t.warps / 4
+    issued = 4 * min(gpu.cores, n) * gpu.clock_ghz * 1e9 * min(0.9, 0.35 * per_scheduler)
+    work = p.batch * p.kv_heads * p.length * per_split * INSTRUCTIONS * p.dim / (issued * even)
+    return max(memory, work) + 2 * state / gpu.bandwidth + (3e-6 if t.splits > 1 else 0.0)
