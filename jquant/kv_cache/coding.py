@@ -31,6 +31,8 @@ from jquant.kv_cache.paging import blank
 from jquant.solvers.rtn import search_params
 
 _SEARCHED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+# With zero points between the codes: of 16 normal numbers in 4 bits these three take a tenth off the squared error.
+_SHIFTS = (0.0, 0.04, -0.04)
 
 
 class Store(NamedTuple):
@@ -108,7 +110,8 @@ def _encode_rows(
         rows = jnp.where(jnp.isfinite(rows), rows, jnp.nan)
         return encode(rows, BlockParams(given[0], None), fmt), None, None
     if coding.search:
-        params = search_params(rows, fmt, _SEARCHED, outer=given)
+        shifts = (0.0,) if fmt.zero_dtype == "uint8" else _SHIFTS
+        params = search_params(rows, fmt, _SEARCHED, outer=given, shifts=shifts)
     else:
         params = block_params(*block_extremes(rows, fmt), fmt, outer=given)
     return encode(rows, params, fmt), _marked(params.scale, rows, fmt), params.zero_point

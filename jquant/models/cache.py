@@ -7,10 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from jquant import kv_cache
-from jquant.kv_cache import CacheFormat
+from jquant.core.elements import ELEMENTS
+from jquant.core.formats import Format
+from jquant.kv_cache import CacheFormat, Coding
+from jquant.kv_cache.cache import eased
+from jquant.kv_cache.rotation import rotate
 from jquant.models.config import Config
-from jquant.models.decoder import Decoder
+from jquant.models.decoder import Decoder, build
 from jquant.models.errors import ModelError
+from jquant.trace.execute import quantized
 
 
 def init_cache(
@@ -52,7 +57,7 @@ def key_settings(
     choice makes it least.
 
     Args:
-      params: the float parameters of a decoder.
+      params: the parameters of a decoder, float or quantized.
       config: its config.
       batches: tokens to read, int32 `[batch, length]`, longer than `skip`.
       skip: so many first tokens do not count; their keys are unlike all others (keep them in float: `sinks`).
@@ -64,7 +69,7 @@ def key_settings(
       ModelError: no batch, or one without a token behind the skipped ones.
     """
     module = Decoder(config, moments_behind=skip)
-    read = jax.jit(lambda params, tokens: module.apply({"params": params}, tokens, mutable=["moments"])[1]["moments"])
+    read = jax.jit(quantized(lambda p, tokens: module.apply({"params": p}, tokens, mutable=["moments"])[1]["moments"]))
     total, count = None, 0
     for tokens in map(jnp.asarray, batches):
         if tokens.shape[1] <= skip:
@@ -84,3 +89,72 @@ def _ease(k: jax.Array, k2: jax.Array, q2: jax.Array) -> tuple[jax.Array, jax.Ar
     floor = 1e-6 * jnp.max(variance, axis=-1, keepdims=True), 1e-6 * jnp.max(q2, axis=-1, keepdims=True)
     gain = (jnp.maximum(variance, floor[0]) / jnp.maximum(q2, floor[1])) ** 0.25
     return k, jnp.where(jnp.isfinite(gain) & (gain > 0), gain, 1)
+
+
+def static_scales(
+    params: Any,
+    config: Config,
+    batches: Iterable[jax.Array],
+    format: str | CacheFormat,
+    *,
+    center: dict[str, jax.Array] | None = None,
+    gain: dict[str, jax.Array] | None = None,
+) -> dict[str, dict[str, jax.Array]]:
+    """The scales of a format that are given beforehand, found on a text: `init_cache(..., **static_scales(...))`.
+
+    One for a layer, key or value, and head: the largest magnitude that is encoded, sinks excepted, gets the largest
+    number of the format. That is the range of a static activation (`Activation(static=True)`), but it can't come from
+    `calibrate`, which watches the inputs of matmuls with parameters: keys and values are outputs.
+
+    Args:
+      params: the parameters of a decoder, float or quantized.
+      config: its config.
+      batches: tokens to read, int32 `[batch, length]`, longer than the format's sinks.
+      format: of the cache, such as "fp8_e4m3-tensor" or "nvfp4".
+      center, gain: by layer, those that the cache is to have (`key_settings`).
+
+    Returns:
+      {"key_scale": by layer, "value_scale": by layer}, float32 `[kv_heads]`; without those that the format has no use
+      for, so {} for one that has no static scale.
+
+    Raises:
+      ModelError: no batch, or one without a token behind the sinks.
+    """
+    fmt = kv_cache.parse(format)
+    wanted = {n: c for n, c in (("key_scale", fmt.keys), ("value_scale", fmt.values)) if c.static}
+    if not wanted:
+        return {}
+    apply = quantized(build(config))
+
+    @jax.jit
+    def read(params: Any, tokens: jax.Array) -> dict[str, dict[str, jax.Array]]:
+        cache = init_cache(config, *tokens.shape, "float32")
+        layers = apply(params, tokens, cache=cache, logits_at=jnp.array([-1]))[1]["layers"]
+        own = lambda name: (None if center is None else center[name], None if gain is None else gain[name])
+        largest = {n: _largest(c, fmt, *own(n)) for n, c in layers.items()}
+        return {which: {n: pair[which] for n, pair in largest.items()} for which in wanted}
+
+    total = None
+    for tokens in map(jnp.asarray, batches):
+        if tokens.shape[1] <= fmt.sinks:
+            raise ModelError(f"static_scales: a batch of {tokens.shape[1]} tokens has none behind {fmt.sinks} sinks")
+        found = read(params, tokens)
+        total = found if total is None else jax.tree.map(jnp.maximum, total, found)
+    if total is None:
+        raise ModelError("static_scales needs at least one batch of tokens")
+    return {n: jax.tree.map(lambda a, top=_top(wanted[n]): jnp.where(a > 0, a, 1) / top, layers) for n, layers in total.items()}
+
+
+def _largest(cache: kv_cache.KVCache, fmt: CacheFormat, center: Any, gain: Any) -> dict[str, jax.Array]:
+    """The largest magnitudes of what a format encodes, `[K]`, from a float cache."""
+    behind = lambda store: store.codes[0][:, :, fmt.sinks :]
+    keys = rotate(eased(behind(cache.keys), center, gain), fmt.keys.rotations, fmt.seed)
+    values = rotate(behind(cache.values), fmt.values.rotations, fmt.seed)
+    return {n: jnp.max(jnp.abs(x), axis=(0, 2, 3)) for n, x in (("key_scale", keys), ("value_scale", values))}
+
+
+def _top(coding: Coding) -> float:
+    """The largest number of a format with a static scale, that scale not counted."""
+    assert isinstance(coding.format, Format)
+    top = ELEMENTS[coding.format.element].top
+    return top if coding.format.block == "tensor" else top * float(jnp.finfo(jnp.float8_e4m3fn).max)

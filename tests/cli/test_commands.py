@@ -227,3 +227,20 @@ def test_on_the_demo_model_gptq_beats_round_to_nearest(tmp_path, capsys):
     reference, rtn, gptq = json.loads(shown)
     assert gptq["kl"] + gptq["kl_stderr"] < rtn["kl"] - rtn["kl_stderr"] and gptq["top1"] > rtn["top1"]
     assert reference["nbytes"] > 3 * gptq["nbytes"] and gptq["bits"] == 4.25
+
+
+def test_generate_fits_the_cache_to_a_text(files, capsys):
+    """As the library does with the text's first windows; a cache that rounds no keys has nothing to fit."""
+    name = "keys=int4-g8-asym-rot,values=fp8_e4m3-tensor"
+    code, shown, said = generate(capsys, files, "--prompt", "It was", "--cache", name, "--cache-text", files / "text.txt")
+    model = jq.models.load(files / "saved")
+    ids = model.tokenizer.encode("It was")
+    text = [np.asarray(w, np.int32)[None] for w in np.split(np.asarray(model.tokenizer.encode((files / "text.txt").read_text()))[: 8 * 64], 8)]
+    ease = jq.models.key_settings(model.params, model.config, text)
+    scales = jq.models.static_scales(model.params, model.config, text, name, **ease)
+    cache = jq.models.init_cache(model.config, 1, len(ids) + 11, name, **ease, **scales)
+    done = jq.models.generate(model.apply, model.params, ids, cache=cache, max_tokens=12, stop_ids=(256,))
+    assert code == 0 and "8 x 64 tokens" in said
+    assert shown == model.tokenizer.decode([*ids, *done.tokens[0]]) + "\n"
+    code, _, said = generate(capsys, files, "--prompt", "It", "--cache-text", files / "text.txt")
+    assert code == 2 and "rounds no keys" in said

@@ -72,3 +72,11 @@ def test_int4_gains_from_a_rotation_where_a_channel_stands_out():
     x = normal(200, 64) * jnp.where(jnp.arange(64) == 5, 30.0, 1.0)
     plain, turned = (_error(x, parse_coding(n)).mean() for n in ("int4-g64-asym", "int4-g64-asym-rot"))
     assert turned < plain / 3
+
+
+@pytest.mark.parametrize("size, gain", [(16, 0.82), (64, 0.94)])
+def test_a_zero_point_between_codes_and_a_search_that_moves_it_gain(size, gain):
+    """Of normal numbers in 4 bits; not more bytes, as both kinds of zero points take one."""
+    x = normal(400, 64)
+    whole, between = (_error(x, parse_coding(f"int4-g{size}-asym{z}-e4m3-search")).mean() for z in ("", "-ze3m4"))
+    assert between < gain * whole
