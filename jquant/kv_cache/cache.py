@@ -132,7 +132,7 @@ def init(
         keys=store(fmt.keys, key_scale), values=store(fmt.values, value_scale),
         sinks=floats(fmt.sinks), window=floats(fmt.window),
         center=None if center is None else jnp.broadcast_to(jnp.asarray(center, jnp.float32), (kv_heads, head_dim)),
-        gain=None if gain is None else jnp.broadcast_to(1 / _twelve_bits(1 / jnp.asarray(gain, jnp.float32)), (kv_heads, head_dim)),
+        gain=None if gain is None else jnp.broadcast_to(1 / _twelve_bits(1 / jnp.asarray(gain)), (kv_heads, head_dim)),
         table=None if pages is None else jnp.full((batch, capacity // page_size), -1, jnp.int32),
         length=jnp.zeros(batch, jnp.int32), overflow=jnp.zeros(batch, bool),
         format=fmt, head_dim=head_dim, capacity=capacity, ring=ring, page_size=0 if pages is None else page_size,

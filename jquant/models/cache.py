@@ -1,5 +1,6 @@
 """The key/value cache of a decoder: `{"length": int32 [batch], "layers": {"0": KVCache, ...}}`, of any format."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -142,7 +143,8 @@ def static_scales(
         total = found if total is None else jax.tree.map(jnp.maximum, total, found)
     if total is None:
         raise ModelError("static_scales needs at least one batch of tokens")
-    return {n: jax.tree.map(lambda a, top=_top(wanted[n]): jnp.where(a > 0, a, 1) / top, layers) for n, layers in total.items()}
+    scale = lambda coding, largest: jnp.where(largest > 0, largest, 1) / _top(coding)
+    return {n: jax.tree.map(functools.partial(scale, wanted[n]), layers) for n, layers in total.items()}
 
 
 def _largest(cache: kv_cache.KVCache, fmt: CacheFormat, center: Any, gain: Any) -> dict[str, jax.Array]:

@@ -93,8 +93,8 @@ def search_params(
       weight: weights of the squared errors, float32, broadcasting against `rows`; None for ones.
       stacked: for what a whole tensor shares, how many leading axes hold separate tensors.
       outer: the second level of scales; None to choose round to nearest's. It is the same for all factors.
-      shifts: the first is 0; each factor f is tried with all of them: lower ends times f + shift, upper ends times f - shift. They move
-        a zero point by parts of a code, where it may lie between codes.
+      shifts: the first is 0; each factor f is tried with all of them: lower ends times f + shift, upper ends times
+        f - shift. They move a zero point by parts of a code, where it may lie between codes.
     """
     factors = search_factors(fmt, factors)
     low, high = block_extremes(rows, fmt, stacked)

@@ -232,10 +232,12 @@ def test_on_the_demo_model_gptq_beats_round_to_nearest(tmp_path, capsys):
 def test_generate_fits_the_cache_to_a_text(files, capsys):
     """As the library does with the text's first windows; a cache that rounds no keys has nothing to fit."""
     name = "keys=int4-g8-asym-rot,values=fp8_e4m3-tensor"
-    code, shown, said = generate(capsys, files, "--prompt", "It was", "--cache", name, "--cache-text", files / "text.txt")
+    fit = ["--cache", name, "--cache-text", files / "text.txt"]
+    code, shown, said = generate(capsys, files, "--prompt", "It was", *fit)
     model = jq.models.load(files / "saved")
     ids = model.tokenizer.encode("It was")
-    text = [np.asarray(w, np.int32)[None] for w in np.split(np.asarray(model.tokenizer.encode((files / "text.txt").read_text()))[: 8 * 64], 8)]
+    start = model.tokenizer.encode((files / "text.txt").read_text(encoding="utf-8"))[: 8 * 64]
+    text = list(np.asarray(start, np.int32).reshape(8, 1, 64))
     ease = jq.models.key_settings(model.params, model.config, text)
     scales = jq.models.static_scales(model.params, model.config, text, name, **ease)
     cache = jq.models.init_cache(model.config, 1, len(ids) + 11, name, **ease, **scales)

@@ -251,7 +251,7 @@ def test_static_scales_give_the_largest_number_of_a_text_the_largest_code():
 
 
 def test_the_rotation_of_values_can_be_merged_into_the_weights():
-    """`rotate(stream=False)` turns what the cache gets: values round as those of a -rot format, and nothing turns them."""
+    """`rotate(stream=False)` turns what the cache gets: values round as in a -rot format."""
     config = dataclasses.replace(CONFIGS["llama"], head_dim=16)
     params, tokens = make_params(config), make_tokens(config, 14)
     stands_out = lambda count: np.where(np.arange(count) % 16 == 3, np.float32(30), np.float32(1))
