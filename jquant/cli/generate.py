@@ -81,9 +81,9 @@ def _fitted(model: Model, fmt: CacheFormat, path: str | None, content: tuple[str
     text = cut_text(path, content, model.tokenizer, length, _FIT_WINDOWS)
     say(f"fitting the cache to {len(text.windows)} x {length} tokens of {path}")
     # A channel's own scale and zero point leave nothing to ease.
-    read = (model.params, model.config, text.windows)
-    keys = {} if fmt.keys.is_float or fmt.keys.tokens > 1 else models.key_settings(*read)
-    return {**keys, **models.static_scales(*read, fmt, **keys)}
+    params, config, cut = model.params, model.config, text.windows
+    keys = {} if fmt.keys.is_float or fmt.keys.tokens > 1 else models.key_settings(params, config, cut)
+    return {**keys, **models.static_scales(params, config, cut, fmt, center=keys.get("center"), gain=keys.get("gain"))}
 
 
 def _token_id(token: str, tokenizer: Tokenizer) -> int:

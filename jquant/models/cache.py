@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jquant import kv_cache
 from jquant.core.elements import ELEMENTS
@@ -47,7 +48,7 @@ def cache_length(cache: dict[str, Any]) -> int:
 
 
 def key_settings(
-    params: Any, config: Config, batches: Iterable[jax.Array], skip: int = 4
+    params: Any, config: Config, batches: Iterable[ArrayLike], skip: int = 4
 ) -> dict[str, dict[str, jax.Array]]:
     """What eases the rounding of keys, found on a text: `init_cache(..., **key_settings(...))`.
 
@@ -95,7 +96,7 @@ def _ease(k: jax.Array, k2: jax.Array, q2: jax.Array) -> tuple[jax.Array, jax.Ar
 def static_scales(
     params: Any,
     config: Config,
-    batches: Iterable[jax.Array],
+    batches: Iterable[ArrayLike],
     format: str | CacheFormat,
     *,
     center: dict[str, jax.Array] | None = None,
@@ -129,7 +130,7 @@ def static_scales(
 
     @jax.jit
     def read(params: Any, tokens: jax.Array) -> dict[str, dict[str, jax.Array]]:
-        cache = init_cache(config, *tokens.shape, "float32")
+        cache = init_cache(config, tokens.shape[0], tokens.shape[1], "float32")
         layers = apply(params, tokens, cache=cache, logits_at=jnp.array([-1]))[1]["layers"]
         own = lambda name: (None if center is None else center[name], None if gain is None else gain[name])
         largest = {n: _largest(c, fmt, *own(n)) for n, c in layers.items()}
