@@ -117,9 +117,10 @@ def _encode_rows(
         # An infinity would be clipped to the largest number of the format without a word.
         rows = jnp.where(jnp.isfinite(rows), rows, jnp.nan)
         return encode(rows, BlockParams(given[0], None), fmt), None, None
-    if coding.search:
+    if coding.search or fmt.four_over_six:
+        factors = _SEARCHED if coding.search else (1.0,)
         shifts = (0.0,) if fmt.zero_dtype == "uint8" else _SHIFTS
-        params = search_params(rows, fmt, _SEARCHED, outer=given, shifts=shifts)
+        params = search_params(rows, fmt, factors, outer=given, shifts=shifts)
     else:
         params = block_params(*block_extremes(rows, fmt), fmt, outer=given)
     return encode(rows, params, fmt), _marked(params.scale, rows, fmt), params.zero_point
