@@ -2,8 +2,8 @@
 
     python examples/fitted_cache.py --model demo --text data/calibration.txt --cache fine4
 
-`jquant generate MODEL --prompt ... --cache fine4 --cache-text FILE` does the first half in one line. The settings fit any
-cache of the model with this format: compute them once, and keep them beside the weights.
+`jquant generate MODEL --prompt ... --cache fine4 --cache-text FILE` does the first half in one line. The settings fit
+any cache of the model with this format: compute them once, and keep them beside the weights.
 """
 
 import argparse
