@@ -61,8 +61,8 @@ def key_settings(
     A text must be read in windows as long as the contexts that the cache will hold: over a longer one rope turns the
     slow channels further, and with them the mean. SmolLM2 with a "fine4" cache, on a later part of the same text,
     windows of 2048 tokens: 0.0125 nats per token with settings of 32 windows of 512 tokens, 0.0105 of 16 of 1024,
-    0.0093 of 8 of 2048. There too: exact gains instead of powers of two take 2 % off, exponents other than 1/2 of the gain's
-    ratio (0.4, 0.6) add 1 to 3 %; a full matrix in the place of the gain takes 1 % off, not worth its product.
+    0.0093 of 8 of 2048. There too: exact gains instead of powers of two take 2 % off, exponents other than 1/2 of the
+    gain's ratio (0.4, 0.6) add 1 to 3 %; a full matrix in the place of the gain takes 1 % off, not worth its product.
 
     Args:
       params: the parameters of a decoder, float or quantized.
