@@ -131,7 +131,8 @@ def init(
     return KVCache(
         keys=store(fmt.keys, key_scale), values=store(fmt.values, value_scale),
         sinks=floats(fmt.sinks), window=floats(fmt.window),
-        center=None if center is None else jnp.broadcast_to(jnp.asarray(center, jnp.float32), (kv_heads, head_dim)),
+        # A copy: a cache is donated, and what was found on a text is to serve the next one too.
+        center=None if center is None else jnp.broadcast_to(jnp.array(center, jnp.float32), (kv_heads, head_dim)),
         gain=None if gain is None else jnp.broadcast_to(1 / _twelve_bits(1 / jnp.asarray(gain)), (kv_heads, head_dim)),
         table=None if pages is None else jnp.full((batch, capacity // page_size), -1, jnp.int32),
         length=jnp.zeros(batch, jnp.int32), overflow=jnp.zeros(batch, bool),

@@ -188,6 +188,6 @@ def static_scale(coding: Coding, heads: int, given: jax.Array | float | None) ->
         return None
     assert isinstance(coding.format, Format)
     usual = 1.0 if coding.format.block == "tensor" else 1 / 16
-    return jnp.broadcast_to(jnp.asarray(usual if given is None else given, jnp.float32), (heads,))
+    return jnp.broadcast_to(jnp.array(usual if given is None else given, jnp.float32), (heads,))
 
 
