@@ -3,19 +3,27 @@
     python benchmarks/kv_cache.py                          every row that has not been run yet
     python benchmarks/kv_cache.py int8 int4-g64-asym-rot   these rows (again); a row is a format in the words of --cache
     python benchmarks/kv_cache.py --text calibration       the same on other text: settings are chosen there, not here
+    python benchmarks/kv_cache.py --windows 1 --length 8192 int8   the same at longer contexts; kept as "int8 @8192"
     python benchmarks/kv_cache.py --speed                  decode speed too, at --context tokens
-    python benchmarks/kv_cache.py --render                 only print the table
+    python benchmarks/kv_cache.py --peer-python PYTHON     transformers' QuantizedCache too (benchmarks/peers/transformers_cache.py)
+    python benchmarks/kv_cache.py --render                 only write the table, benchmarks/results/kv_cache.md
 
 Protocol of "KL": the first two windows of 2048 tokens of data/evaluation.txt; keys and values are rounded as they enter
 attention (all of them, but sinks: no residual window); mean over all positions of KL(float cache || cache), nats. "KL in
 chunks" feeds 64 tokens at a time into the cache as it is, residual window and all: what decoding reads. The other columns are
-means over the 256 positions before a context length. "+eased" behind a format: with the `key_settings` of 4 windows of 2048
-tokens of calibration.txt. Results are kept in benchmarks/results/kv_cache.json.
+means over the 256 positions before a context length. Behind a format: "+eased", with the `key_settings` of the first 8 windows
+of 2048 tokens of calibration.txt; "+scaled", with the `static_scales` of the same; "+folded", the values' rotation is merged into
+the weights (`rotate(stream=False)`). Results are kept in benchmarks/results/kv_cache.json.
+
+The best formats and how `key_settings` reads a text were chosen on calibration.txt alone: settings from its first windows, KL on
+windows 40 to 43 of 2048 tokens, keys and values rounded as they enter attention; evaluation.txt was read once, for the table.
 """
 
 import argparse
+import functools
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -33,10 +41,15 @@ from jquant.models.sampling import Sampling
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks/results/kv_cache.json"
 ROWS = [
-    "float32", "bfloat16", "int8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3-tensor", "int4-g64-asym", "int4-g32-asym",
-    "keys=int4-g64-asym-rot,values=int4-g64-asym", "int4-g64-asym-rot", "lloyd4-rot", "nvfp4", "nvfp4-4o6",
-    "int4-g64-asym-rot-search,sinks=4+eased", "keys=int4-t64-asym,values=int4-g64-asym", "kivi4", "kivi2", "turbo2",
+    "float32", "bfloat16", "int8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3-tensor", "fp8_e4m3-tensor+scaled", "int4-g64-asym",
+    "int4-g32-asym", "keys=int4-g64-asym-rot,values=int4-g64-asym", "int4-g64-asym-rot",
+    "keys=int4-g64-asym-rot,values=int4-g64-asym+folded", "lloyd4-rot", "nvfp4", "nvfp4-4o6", "fine4", "fine4+eased",
+    "fine4,residual=128+eased", "int4-g64-asym,residual=128", "kivi4", "kivi2", "turbo2", "fine2+eased", "fine2,residual=128+eased",
 ]  # fmt: skip
+PEERS = {
+    f"transformers {backend}, {bits} bits, {axes}": (backend, str(bits), axes)
+    for backend in ("quanto", "hqq") for bits in (4, 2) for axes in ("tt", "ct")
+}  # fmt: skip
 ENDS = (512, 1024, 2048, 4096, 8192)
 
 
@@ -48,15 +61,15 @@ def windows(model: Any, text: str, count: int, length: int) -> np.ndarray:
 def chunks(model: Any, fmt: Any, tokens: np.ndarray, size: int, eased: Any = None):
     """Log probabilities `[size, vocab]` of chunk after chunk, read from a cache of a format."""
     cache = jq.models.init_cache(model.config, 1, tokens.shape[1], fmt, **(eased or {}))
-
-    @jax.jit
-    def step(params, part, cache):
-        logits, cache = model.apply(params, part, cache=cache)
-        return jax.nn.log_softmax(logits[0]), cache
-
     for start in range(0, tokens.shape[1], size):
-        out, cache = step(model.params, jnp.asarray(tokens[:, start : start + size]), cache)
+        out, cache = _step(model.apply, model.params, jnp.asarray(tokens[:, start : start + size]), cache)
         yield out
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _step(apply, params, part, cache):
+    logits, cache = apply(params, part, cache=cache)
+    return jax.nn.log_softmax(logits[0]), cache
 
 
 @jax.jit
@@ -86,7 +99,8 @@ def bytes_per_token(config: Any, name: Any) -> float:
 
 def quality(model: Any, row: str, all_windows: np.ndarray, references: list) -> dict[str, Any]:
     name, _, how = row.partition("+")
-    fmt, eased = kv_cache.parse(name), _eased(model) if how == "eased" else None
+    fmt = kv_cache.parse(name)
+    model, eased = MODES[how](model, fmt)
     found = kl(model, fmt.replace(residual=0), all_windows, references, 512, eased)
     out: dict[str, Any] = {"kl": float(found[:, :-1].mean())}
     out["at"] = {str(e): float(found[:, max(e - 256, 0) : e].mean()) for e in ENDS if e <= found.shape[1]}
@@ -96,12 +110,25 @@ def quality(model: Any, row: str, all_windows: np.ndarray, references: list) -> 
     return {**out, "bytes": size, "share": size / bytes_per_token(model.config, "bfloat16")}
 
 
-def _eased(model: Any) -> Any:
-    return jq.models.key_settings(model.params, model.config, windows(model, "calibration", 4, 2048))
+def _eased(model: Any, fmt: Any) -> tuple[Any, Any]:
+    return model, jq.models.key_settings(model.params, model.config, windows(model, "calibration", 8, 2048))
 
 
-def speed(model: Any, rows: list[str], context: int, steps: int = 16) -> dict[str, float]:
-    """Decode tokens per second of one sequence behind `context` tokens: the best of several runs of each, in turn."""
+def _scaled(model: Any, fmt: Any) -> tuple[Any, Any]:
+    return model, jq.models.static_scales(model.params, model.config, windows(model, "calibration", 8, 2048), fmt)
+
+
+def _folded(model: Any, fmt: Any) -> tuple[Any, Any]:
+    batches = list(windows(model, "calibration", 1, 512))
+    params = jq.quantize(model.apply, model.params, jq.Recipe({"*": None}), jq.rotate(stream=False), batches)
+    return model._replace(params=params), None
+
+
+MODES = {"": lambda model, fmt: (model, None), "eased": _eased, "scaled": _scaled, "folded": _folded}
+
+
+def speed(model: Any, rows: list[str], context: int, steps: int = 4) -> dict[str, float]:
+    """Decode tokens per second of one sequence behind `context` tokens: the best of many short runs of each, in turn."""
 
     def full(row: str) -> State:
         cache = jq.models.init_cache(model.config, 1, context + steps, row)
@@ -111,7 +138,7 @@ def speed(model: Any, rows: list[str], context: int, steps: int = 16) -> dict[st
 
     args = (jnp.int32(steps), jnp.zeros(0, jnp.int32))
     best = dict.fromkeys(rows, 0.0)
-    for _ in range(4):
+    for _ in range(24):
         for row in rows:
             state = jax.block_until_ready(full(row))
             start = time.perf_counter()
@@ -144,22 +171,59 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="of a window; the model's limit is 8192")
     parser.add_argument("--speed", action="store_true", help="measure decode speed, not KL")
     parser.add_argument("--context", type=int, default=4096, help="tokens in the cache when speed is measured")
+    parser.add_argument("--peer-python", metavar="PYTHON", help="run the peers' rows with it, and nothing else")
     parser.add_argument("--render", action="store_true", help="run nothing")
     args = parser.parse_args()
-    usual = (args.text, args.windows, args.length) == ("evaluation", 2, 2048)
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() and usual else {}
+    usual = args.text == "evaluation" and (args.windows, args.length) in ((2, 2048), (1, 8192))
+    kept = read() if usual else {}
+    mark = "" if args.length == 2048 else f" @{args.length}"
     what = "tok_s" if args.speed else "kl"
-    rows = [] if args.render else args.rows or [r for r in ROWS if what not in kept.get(r, {})]
-    if rows:
-        model = jq.models.load("demo")
-        run = _speeds if args.speed else _qualities
-        for row, found in run(model, rows, args):
-            kept[row] = kept.get(row, {}) | found
-            print(table({row: kept[row]}).splitlines()[-1], flush=True)
-            if usual:
-                KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    rows = [] if args.render else args.rows or [r for r in ROWS if what not in kept.get(r + mark, {})]
+    for row, found in _peers(args, kept) if args.peer_python else _ours(args, rows):
+        kept = read() if usual else kept  # another process may have added rows
+        kept[row + mark] = kept.get(row + mark, {}) | found
+        print(table({row + mark: kept[row + mark]}).splitlines()[-1], flush=True)
+        if usual:
+            KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    if usual:
+        KEPT.with_suffix(".md").write_text(page(kept))
     print(table(kept))
-    print(f"\n{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}; {args.windows} windows of {args.length} tokens.")
+
+
+def read() -> dict[str, dict[str, Any]]:
+    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
+
+
+def page(kept: dict[str, dict[str, Any]]) -> str:
+    """benchmarks/results/kv_cache.md."""
+    protocol = __doc__[__doc__.index("Protocol of") :].strip()
+    versions = next((r["versions"] for r in kept.values() if "versions" in r), {})
+    peers = ", ".join(f"{n} {v}" for n, v in versions.items())
+    where = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
+    return (
+        f"# The quantized KV cache: SmolLM2-135M\n\n{table(kept)}\n\n{protocol}\n\n\"of bf16\" is of the bytes of bfloat16, scales "
+        'included; sinks and float windows do not grow and are not counted. A row "@8192" is one window of 8192 tokens. "fine4" and '
+        '"fine2" are presets of `jq.kv_cache.parse`. Peers: transformers\' `QuantizedCache`, residual length 128, groups of 64, "t" a '
+        'scale for a token and head, "c" for a channel of 64 tokens, for keys and for values; compare "KL in chunks" with the rows of '
+        f"residual=128 (and kivi4, kivi2).\n\n{where}. Peers: {peers}.\n"
+    )
+
+
+def _ours(args: argparse.Namespace, rows: list[str]):
+    if rows:
+        yield from (_speeds if args.speed else _qualities)(jq.models.load("demo"), rows, args)
+
+
+def _peers(args: argparse.Namespace, kept: dict[str, dict[str, Any]]):
+    for row, how in PEERS.items():
+        if (args.rows and row not in args.rows) or (not args.rows and row in kept):
+            continue
+        command = [args.peer_python, str(ROOT / "benchmarks/peers/transformers_cache.py"), *how, str(args.windows), str(args.length)]
+        out = subprocess.run(command, capture_output=True, text=True)
+        found = [x for x in out.stdout.splitlines() if x.startswith("RESULT ")]
+        if not found:
+            raise SystemExit(f"{' '.join(command)} failed:\n{out.stderr[-4000:]}")
+        yield row, json.loads(found[-1].removeprefix("RESULT "))
 
 
 def _qualities(model: Any, rows: list[str], args: argparse.Namespace):

@@ -42,7 +42,8 @@ def pytest_runtest_call(item: pytest.Item):
     users get.
     """
     standard = item.get_closest_marker("standard_promotion")
-    jax.config.update("jax_disable_most_optimizations", not {"slow", "optimized"} & {m.name for m in item.iter_markers()})
+    as_users = {"slow", "optimized"} & {m.name for m in item.iter_markers()}
+    jax.config.update("jax_disable_most_optimizations", not as_users)
     with contextlib.nullcontext() if standard else jax.numpy_dtype_promotion("strict"):
         return (yield)
 

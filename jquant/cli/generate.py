@@ -3,24 +3,28 @@
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 
 from jquant import kv_cache, models
-from jquant.cli.common import load_model, say
+from jquant.cli.common import cut_text, load_model, read_text, say
 from jquant.cli.options import UsageError
 from jquant.core.errors import FormatError, JQuantError
 from jquant.kv_cache import CacheFormat
-from jquant.models import Generation, ModelError, Tokenizer
+from jquant.models import Generation, Model, ModelError, Tokenizer
 from jquant.models.generate import Sampling
+
+# How much of --cache-text is read: see `key_settings`.
+_FIT_LENGTH, _FIT_WINDOWS = 2048, 8
 
 
 def run(args: Namespace) -> None:
     """The command."""
     _check_sampling(args)
-    cache = _cache_format(args.cache or args.dtype)
+    fmt = _cache_format(args.cache or args.dtype)
+    content = _cache_text(args, fmt)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     model = load_model(args.model, args.dtype)
     assert model.tokenizer is not None
@@ -30,13 +34,15 @@ def run(args: Namespace) -> None:
     if (total := len(ids) + args.max_tokens) > model.config.max_position_embeddings:
         say(f"jquant: warning: {total} tokens are more than the {model.config.max_position_embeddings} of the training")
     stop = (*model.config.eos_ids, *(_token_id(t, model.tokenizer) for t in args.stop))
+    room = len(ids) + args.max_tokens - 1
+    cache = models.init_cache(model.config, 1, room, fmt, **_fitted(model, fmt, args.cache_text, content))
     writer = Writer(model.tokenizer, ids, stop)
     sys.stdout.write(prompt)
     sys.stdout.flush()
     done = models.generate(
         model.apply, model.params, ids, model.config, max_tokens=args.max_tokens, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, key=jax.random.key(args.seed), stop_ids=stop, on_token=writer,
-        cache_format=cache,
+        cache=cache,
     )  # fmt: skip
     writer.close()
     say(speeds(len(ids), done))
@@ -56,6 +62,28 @@ def _cache_format(text: str) -> CacheFormat:
         return kv_cache.parse(text)
     except FormatError as error:
         raise UsageError(f"--cache: {error}") from error
+
+
+def _cache_text(args: Namespace, fmt: CacheFormat) -> tuple[str, str] | None:
+    """What `read_text` gives for --cache-text."""
+    if args.cache_text is None:
+        return None
+    if fmt.keys.is_float and not fmt.values.static:
+        raise UsageError(f"--cache-text: {fmt} rounds no keys and has no static scales; name a --cache such as fine4")
+    return read_text(args.cache_text)
+
+
+def _fitted(model: Model, fmt: CacheFormat, path: str | None, content: tuple[str, str] | None) -> dict[str, Any]:
+    """The settings of a cache that were found on a text; none without one."""
+    if path is None or content is None:
+        return {}
+    length = min(_FIT_LENGTH, model.config.max_position_embeddings)
+    text = cut_text(path, content, model.tokenizer, length, _FIT_WINDOWS)
+    say(f"fitting the cache to {len(text.windows)} x {length} tokens of {path}")
+    # A channel's own scale and zero point leave nothing to ease.
+    params, config, cut = model.params, model.config, text.windows
+    keys = {} if fmt.keys.is_float or fmt.keys.tokens > 1 else models.key_settings(params, config, cut)
+    return {**keys, **models.static_scales(params, config, cut, fmt, center=keys.get("center"), gain=keys.get("gain"))}
 
 
 def _token_id(token: str, tokenizer: Tokenizer) -> int:

@@ -12,7 +12,7 @@ _SCALE_WORDS = {
     "f32": "float32", "bf16": "bfloat16", "f16": "float16", "e8m0": "float8_e8m0fnu", "e4m3": "float8_e4m3fn",
     "u8": "uint8",
 }  # fmt: skip
-_ZERO_WORDS = {"zf32": "float32", "zbf16": "bfloat16", "zf16": "float16"}
+_ZERO_WORDS = {"zf32": "float32", "zbf16": "bfloat16", "zf16": "float16", "ze3m4": "float8_e3m4"}
 SCALE_DTYPES = tuple(_SCALE_WORDS.values())
 ZERO_DTYPES = ("uint8", *_ZERO_WORDS.values())
 SCALE_RULES = ("floor", "even", "ceil")
@@ -41,7 +41,8 @@ class Format:
         smallest scale that clips nothing.
       four_over_six: each block of fp4_e2m1 takes the better (by squared error) of two e4m3 scales, that which maps its
         absmax to 6, and that which maps it to 4 (arXiv 2512.02010).
-      zero_dtype: dtype of the zero points of an asymmetric format. "uint8" is a code; a float may lie between codes.
+      zero_dtype: dtype of the zero points of an asymmetric format. "uint8" is a code; a float may lie between codes;
+        "float8_e3m4" takes one byte too (it ends at 15.5, so it is for at most 4 bits).
 
     Raises:
       FormatError: a field is not one of the above, or two do not fit together.
@@ -170,6 +171,8 @@ def _check_scales(fmt: Format) -> None:
         raise FormatError(f"Format: scale_rule='even' is for floats, {fmt.element} has no mantissa")
     if fmt.four_over_six and (fmt.element, fmt.scale_dtype) != ("fp4_e2m1", "float8_e4m3fn"):
         raise FormatError("Format: four_over_six is for fp4_e2m1 with scale_dtype='float8_e4m3fn'")
+    if fmt.zero_dtype == "float8_e3m4" and element.bits > 4:
+        raise FormatError(f"Format: float8_e3m4 zero points end at 15.5, the codes of {fmt.element} do not; give zbf16")
     if fmt.zero_dtype != "uint8" and fmt.symmetric:
         raise FormatError(f"Format: zero_dtype={fmt.zero_dtype!r} is for asymmetric formats; give symmetric=False")
 
@@ -202,10 +205,10 @@ def parse_format(text: str) -> Format:
     """The `Format` that a name such as "int4-g64", "int3-g64-asym", "nf4-dq", "mxfp4" or "fp8_e4m3-128x128" stands for.
 
     The inverse of `str(format)`. Groups have bfloat16 scales unless another dtype is said. The words: a group size g64,
-    a tile 128x128, tensor; asym, with float zero points zbf16; the dtype of the scales f32, bf16, f16, e8m0, e4m3, u8;
-    a second level: dq (u8 scales in blocks of 256), global (one for the tensor), outer256, outerchannel; rules for e8m0
-    even, ceil; 4o6 (four over six). mxfp8, mxfp8_e5m2, mxfp6, mxfp6_e3m2, mxfp4 and nvfp4 are whole formats, more words
-    change them.
+    a tile 128x128, tensor; asym, with float zero points zbf16, ze3m4; the dtype of the scales f32, bf16, f16, e8m0,
+    e4m3, u8; a second level: dq (u8 scales in blocks of 256), global (one for the tensor), outer256, outerchannel;
+    rules for e8m0 even, ceil; 4o6 (four over six). mxfp8, mxfp8_e5m2, mxfp6, mxfp6_e3m2, mxfp4 and nvfp4 are whole
+    formats, more words change them.
 
     Raises:
       FormatError: the name can't be read.

@@ -101,7 +101,8 @@ def init(
       center: float32 `[kv_heads, head_dim]`: subtracted from keys before they are encoded. The result of attention is
         the same for any center, as a score's q . center is added back.
       gain: `[kv_heads, head_dim]`, positive: keys are divided by it before they are encoded, queries multiplied by it.
-        Rounded to powers of two, so that neither rounds a number.
+        1 / gain is rounded to 12 bits and so are, for this product, the keys: it is exact, and so the same in programs
+        that fuse it with what follows and in those that don't.
 
     Raises:
       CacheError: sizes that are not positive or do not fit each other.
@@ -130,25 +131,25 @@ def init(
     return KVCache(
         keys=store(fmt.keys, key_scale), values=store(fmt.values, value_scale),
         sinks=floats(fmt.sinks), window=floats(fmt.window),
-        center=None if center is None else jnp.broadcast_to(jnp.asarray(center, jnp.float32), (kv_heads, head_dim)),
-        gain=None if gain is None else jnp.broadcast_to(_power_of_two(gain), (kv_heads, head_dim)),
+        # A copy: a cache is donated, and what was found on a text is to serve the next one too.
+        center=None if center is None else jnp.broadcast_to(jnp.array(center, jnp.float32), (kv_heads, head_dim)),
+        gain=None if gain is None else jnp.broadcast_to(1 / _twelve_bits(1 / jnp.asarray(gain)), (kv_heads, head_dim)),
         table=None if pages is None else jnp.full((batch, capacity // page_size), -1, jnp.int32),
         length=jnp.zeros(batch, jnp.int32), overflow=jnp.zeros(batch, bool),
         format=fmt, head_dim=head_dim, capacity=capacity, ring=ring, page_size=0 if pages is None else page_size,
     )  # fmt: skip
 
 
-def _power_of_two(x: Any) -> jax.Array:
-    """The nearest power of two, exactly: `exp2` of an integer is not exact everywhere."""
-    exponent = jnp.round(jnp.log2(jnp.asarray(x, jnp.float32))).astype(jnp.int32)
-    return jax.lax.bitcast_convert_type((jnp.clip(exponent, -126, 126) + 127) << 23, jnp.float32)
+def _twelve_bits(x: Any) -> jax.Array:
+    """float32 with a significand of 12 bits: the product of two such numbers is exact."""
+    return jax.lax.reduce_precision(jnp.asarray(x, jnp.float32), exponent_bits=8, mantissa_bits=11)
 
 
-def _eased(cache: KVCache, k: jax.Array) -> jax.Array:
-    """Keys `[B, K, L, D]` as they are encoded, float32: without center, divided by the gain."""
+def eased(k: jax.Array, center: jax.Array | None, gain: jax.Array | None) -> jax.Array:
+    """Keys `[B, K, L, D]` as they are encoded, float32: without the center, divided by the gain (both `[K, D]`)."""
     k = k.astype(jnp.float32)
-    k = k if cache.center is None else k - cache.center[:, None]
-    return k if cache.gain is None else k * (1 / cache.gain[:, None])
+    k = k if center is None else k - center[:, None]
+    return k if gain is None else _twelve_bits(k) * _twelve_bits(1 / gain[:, None])
 
 
 def append(cache: KVCache, k: jax.Array, v: jax.Array, counts: jax.Array | None = None) -> KVCache:
@@ -220,7 +221,7 @@ def _write_codes(cache: KVCache, k: jax.Array, v: jax.Array, at: jax.Array, end:
         if coding.tokens > 1:
             x, where, valid = _whole_blocks(cache, x, name, coding.tokens, end)
         if name == "keys" and not (cache.center is None and cache.gain is None):
-            x = _eased(cache, x)
+            x = eased(x, cache.center, cache.gain)
         new = encode_vectors(rotate(x, coding.rotations, fmt.seed), coding, store.static)
         if cache.ring:
             valid = valid & (where >= end[:, None] - cache.capacity)  # of tokens for one slot the last one counts

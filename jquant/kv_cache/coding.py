@@ -31,6 +31,8 @@ from jquant.kv_cache.paging import blank
 from jquant.solvers.rtn import search_params
 
 _SEARCHED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+# With zero points between the codes: of 16 normal numbers in 4 bits these three take a tenth off the squared error.
+_SHIFTS = (0.0, 0.04, -0.04)
 
 
 class Store(NamedTuple):
@@ -68,7 +70,7 @@ def decode_vectors(store: Store, coding: Coding, dim: int) -> tuple[jax.Array, j
     """The inverse: float32 `[.., T, D]` and, where a token and head has one scale and nothing else, that scale
     `[.., T]`, which the vectors are still to be multiplied with: the products of attention do so on their results."""
     if coding.is_float:
-        return store.codes[0].astype(jnp.float32), None
+        return _widened(store.codes[0]), None
     codes = packing.unpack(store.codes, coding.bits, dim)
     if isinstance(coding.format, str):
         assert store.scale is not None
@@ -83,6 +85,14 @@ def decode_vectors(store: Store, coding: Coding, dim: int) -> tuple[jax.Array, j
         assert store.scale is not None
         return decode_codes(codes, fmt), store.scale[..., 0].astype(jnp.float32)
     return decode(codes, _params(store, fmt), fmt), None
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """To float32. bfloat16 by its bits: XLA:CPU would multiply in bfloat16, at a third of the speed."""
+    if x.dtype != jnp.bfloat16:
+        return x.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _params(store: Store, fmt: Format) -> BlockParams:
@@ -107,8 +117,10 @@ def _encode_rows(
         # An infinity would be clipped to the largest number of the format without a word.
         rows = jnp.where(jnp.isfinite(rows), rows, jnp.nan)
         return encode(rows, BlockParams(given[0], None), fmt), None, None
-    if coding.search:
-        params = search_params(rows, fmt, _SEARCHED, outer=given)
+    if coding.search or fmt.four_over_six:
+        factors = _SEARCHED if coding.search else (1.0,)
+        shifts = (0.0,) if fmt.zero_dtype == "uint8" else _SHIFTS
+        params = search_params(rows, fmt, factors, outer=given, shifts=shifts)
     else:
         params = block_params(*block_extremes(rows, fmt), fmt, outer=given)
     return encode(rows, params, fmt), _marked(params.scale, rows, fmt), params.zero_point
@@ -176,4 +188,4 @@ def static_scale(coding: Coding, heads: int, given: jax.Array | float | None) ->
         return None
     assert isinstance(coding.format, Format)
     usual = 1.0 if coding.format.block == "tensor" else 1 / 16
-    return jnp.broadcast_to(jnp.asarray(usual if given is None else given, jnp.float32), (heads,))
+    return jnp.broadcast_to(jnp.array(usual if given is None else given, jnp.float32), (heads,))

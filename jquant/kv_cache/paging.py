@@ -46,6 +46,9 @@ def read(a: jax.Array, table: jax.Array | None, start: jax.Array, count: int) ->
 
     A page that a sequence does not have is read as zeros: other sequences' numbers must not get in, not even times 0.
     """
+    if a.dtype == jnp.bfloat16:  # XLA:CPU would turn the whole array into float32, for every block
+        bits = read(jax.lax.bitcast_convert_type(a, jnp.uint16), table, start, count)
+        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
     if table is None:
         return jax.lax.dynamic_slice_in_dim(a, start, count, axis=2)
     size = a.shape[2]

@@ -1,6 +1,6 @@
 """One decoder family in Flax (Llama, Mistral, Qwen2, Qwen3), its loaders and text generation."""
 
-from jquant.models.cache import init_cache, key_settings
+from jquant.models.cache import init_cache, key_settings, static_scales
 from jquant.models.config import Config, Rope, param_shapes
 from jquant.models.decoder import build, init
 from jquant.models.errors import ModelError
@@ -30,4 +30,5 @@ __all__ = [
     "param_shapes",
     "save",
     "save_state",
+    "static_scales",
 ]

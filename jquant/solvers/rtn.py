@@ -82,6 +82,7 @@ def search_params(
     weight: jax.Array | None = None,
     stacked: int = 0,
     outer: Outer | None = None,
+    shifts: tuple[float, ...] = (0.0,),
 ) -> BlockParams:
     """Scales and zero points that make the squared error of each block least, of the ranges shrunk by `factors`.
 
@@ -92,22 +93,25 @@ def search_params(
       weight: weights of the squared errors, float32, broadcasting against `rows`; None for ones.
       stacked: for what a whole tensor shares, how many leading axes hold separate tensors.
       outer: the second level of scales; None to choose round to nearest's. It is the same for all factors.
+      shifts: the first is 0; each factor f is tried with all of them: lower ends times f + shift, upper ends times
+        f - shift. They move a zero point by parts of a code, where it may lie between codes.
     """
     factors = search_factors(fmt, factors)
     low, high = block_extremes(rows, fmt, stacked)
     first = block_params(low * factors[0], high * factors[0], fmt, outer, stacked)
-    if len(factors) == 1:
+    ends = [(f + s, f - s) for f in factors for s in shifts]
+    if len(ends) == 1:
         return first
     error = partial(block_error, rows, fmt=fmt, unit=first, weight=weight, stacked=stacked)
 
     def attempt(best, factor):
-        params = block_params(low * factor, high * factor, fmt, first.outer)
+        params = block_params(low * factor[0], high * factor[1], fmt, first.outer)
         new = error(params), (params.scale, params.zero_point)
         better = new[0] < best[0]
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
 
     start = error(first), (first.scale, first.zero_point)
-    (_, chosen), _ = lax.scan(attempt, start, jnp.asarray(factors[1:], rows.dtype))
+    (_, chosen), _ = lax.scan(attempt, start, jnp.asarray(ends[1:], rows.dtype))
     return BlockParams(*chosen, first.outer)
 
 

@@ -227,3 +227,22 @@ def test_on_the_demo_model_gptq_beats_round_to_nearest(tmp_path, capsys):
     reference, rtn, gptq = json.loads(shown)
     assert gptq["kl"] + gptq["kl_stderr"] < rtn["kl"] - rtn["kl_stderr"] and gptq["top1"] > rtn["top1"]
     assert reference["nbytes"] > 3 * gptq["nbytes"] and gptq["bits"] == 4.25
+
+
+def test_generate_fits_the_cache_to_a_text(files, capsys):
+    """As the library does with the text's first windows; a cache that rounds no keys has nothing to fit."""
+    name = "keys=int4-g8-asym-rot,values=fp8_e4m3-tensor"
+    fit = ["--cache", name, "--cache-text", files / "text.txt"]
+    code, shown, said = generate(capsys, files, "--prompt", "It was", *fit)
+    model = jq.models.load(files / "saved")
+    ids = model.tokenizer.encode("It was")
+    start = model.tokenizer.encode((files / "text.txt").read_text(encoding="utf-8"))[: 8 * 64]
+    text = list(np.asarray(start, np.int32).reshape(8, 1, 64))
+    ease = jq.models.key_settings(model.params, model.config, text)
+    scales = jq.models.static_scales(model.params, model.config, text, name, **ease)
+    cache = jq.models.init_cache(model.config, 1, len(ids) + 11, name, **ease, **scales)
+    done = jq.models.generate(model.apply, model.params, ids, cache=cache, max_tokens=12, stop_ids=(256,))
+    assert code == 0 and "8 x 64 tokens" in said
+    assert shown == model.tokenizer.decode([*ids, *done.tokens[0]]) + "\n"
+    code, _, said = generate(capsys, files, "--prompt", "It", "--cache-text", files / "text.txt")
+    assert code == 2 and "rounds no keys" in said

@@ -8,7 +8,8 @@ from jquant import kv_cache
 
 FORMATS = [
     "float32", "bfloat16", "int8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3-tensor", "int4-g64-asym", "int4-g32-asym-search",
-    "int4-g64-asym-rot", "int3-g32-asym", "nvfp4", "nvfp4-4o6", "mxfp4", "lloyd4-rot", "lloyd2-rot2",
+    "int4-g64-asym-rot", "int4-g16-asym-ze3m4-e4m3-search-rot",
+    "int3-g32-asym", "nvfp4", "nvfp4-4o6", "mxfp4", "lloyd4-rot", "lloyd2-rot2",
     "keys=int4-t8-asym,values=int4-g32-asym", "keys=int2-t16-asym,values=lloyd3-rot,residual=24",
     "keys=int8,values=float32,sinks=3", "keys=int4-t8-asym-search,values=nvfp4,sinks=5,residual=7",
 ]  # fmt: skip

@@ -86,3 +86,16 @@ def test_vmap_over_layers():
     out = jax.vmap(lambda c: kv_cache.attend(q, c))(stack)
     for i, cache in enumerate(both):
         np.testing.assert_allclose(out[i], attend(q, cache), atol=1e-5)
+
+
+def test_a_donated_cache_takes_nothing_of_what_it_was_made_from():
+    """Settings found on a text serve many caches."""
+    rng = np.random.default_rng(0)
+    center, gain = (jnp.asarray(rng.uniform(1, 2, (2, 64)), jnp.float32) for _ in range(2))
+    scale = jnp.asarray([1.0, 2.0], jnp.float32)
+    k = jnp.asarray(rng.normal(size=(1, 4, 2, 64)), jnp.float32)
+    for _ in range(2):
+        given = dict(center=center, gain=gain, key_scale=scale)
+        cache = kv_cache.init(1, 8, 2, 64, "keys=fp8_e4m3-tensor,values=int8", **given)
+        jax.block_until_ready(jax.jit(kv_cache.append, donate_argnums=0)(cache, k, k))
+    assert np.isfinite(center + gain).all() and scale.tolist() == [1, 2]

@@ -66,7 +66,9 @@ def test_errors_of_fields():
     [
         ("int8", 0.52), ("fp8_e4m3", 0.52), ("fp8_e4m3-tensor", 0.5), ("int4-g64-asym", 0.29), ("nvfp4", 0.29),
         ("lloyd4-rot", 0.29), ("keys=int4-t64-asym,values=int4-g64-asym-rot", 0.29), ("lloyd2-rot2", 0.17),
-        ("keys=int2-t64-asym,values=int2-g64-asym", 0.17),
+        ("keys=int2-t64-asym,values=int2-g64-asym", 0.17), ("fp8_e5m2", 0.52), ("fp8_e5m2-tensor", 0.5),
+        ("nvfp4-4o6", 0.29), ("kivi4", 0.29), ("kivi2", 0.17), ("turbo4", 0.29), ("turbo2", 0.17),
+        ("fine4", 0.29), ("fine2", 0.17),
     ],
 )  # fmt: skip
 def test_bytes_scales_included(name, most):

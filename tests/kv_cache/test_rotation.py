@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.kv_cache.coding import decode_vectors, encode_vectors, lloyd_max
+from jquant.kv_cache.coding import decode_vectors, encode_vectors, lloyd_max, static_scale
 from jquant.kv_cache.format import Coding, parse_coding
 from jquant.kv_cache.rotation import rotate, unrotate
 
@@ -34,7 +34,7 @@ def test_a_vector_gets_the_same_bits_alone_and_among_others(times):
 
 def _error(x, coding):
     """Relative squared error of each vector."""
-    store = encode_vectors(rotate(x[None, None], coding.rotations, 0), coding, None)
+    store = encode_vectors(rotate(x[None, None], coding.rotations, 0), coding, static_scale(coding, 1, None))
     values, scale = decode_vectors(store, coding, x.shape[-1])
     values = values if scale is None else values * scale[..., None]
     back = np.asarray(unrotate(values, coding.rotations, 0)[0, 0], np.float64)
@@ -72,3 +72,18 @@ def test_int4_gains_from_a_rotation_where_a_channel_stands_out():
     x = normal(200, 64) * jnp.where(jnp.arange(64) == 5, 30.0, 1.0)
     plain, turned = (_error(x, parse_coding(n)).mean() for n in ("int4-g64-asym", "int4-g64-asym-rot"))
     assert turned < plain / 3
+
+
+@pytest.mark.parametrize("size, gain", [(16, 0.82), (64, 0.94)])
+def test_a_zero_point_between_codes_and_a_search_that_moves_it_gain(size, gain):
+    """Of normal numbers in 4 bits; not more bytes, as both kinds of zero points take one."""
+    x = normal(400, 64)
+    whole, between = (_error(x, parse_coding(f"int4-g{size}-asym{z}-e4m3-search")).mean() for z in ("", "-ze3m4"))
+    assert between < gain * whole
+
+
+def test_four_over_six_chooses_the_better_of_two_scales():
+    """A vector's error is never larger, and over many it is smaller."""
+    one, two = (_error(normal(300, 64), parse_coding(n)) for n in ("nvfp4", "nvfp4-4o6"))
+    assert (two <= one * (1 + 1e-6)).all()
+    assert two.mean() < 0.95 * one.mean()

@@ -8,7 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.models import Config, ModelError, Rope, build, init, init_cache, key_settings, param_shapes
+import jquant as jq
+from jquant.kv_cache.rotation import rotate
+from jquant.models import (
+    Config,
+    ModelError,
+    Rope,
+    build,
+    init,
+    init_cache,
+    key_settings,
+    param_shapes,
+    static_scales,
+)
 from jquant.models.attention import attend, causal_attention
 from tests.models.cases import BASE, CONFIGS, make_params, make_tokens
 from tests.models.reference import forward
@@ -222,3 +234,52 @@ def test_a_decode_step_for_a_gpu_has_one_kernel_for_the_cache_of_each_layer():
     assert kernels(tokens[:, :1]) == config.num_layers
     assert kernels(tokens[:, :1], "cpu") == 0
     assert kernels(tokens) == 0
+
+
+def test_key_settings_of_quantized_parameters_are_those_of_their_values():
+    config = dataclasses.replace(CONFIGS["llama"], head_dim=16)
+    params, batches = make_params(config), [make_tokens(config, 12)]
+    q = jq.quantize(build(config), params, jq.Recipe({"*embed*": None, "*": jq.INT8}), jq.rtn(), batches)
+    found, want = (key_settings(p, config, batches) for p in (q, jq.dequantize(q)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, want)
+
+
+def test_static_scales_give_the_largest_number_of_a_text_the_largest_code():
+    """The keys and values of a float cache, as they are encoded; a format without such scales has none."""
+    config = dataclasses.replace(CONFIGS["llama"], head_dim=16)
+    params, tokens = make_params(config), make_tokens(config, 14)
+    ease = key_settings(params, config, [tokens], skip=2)
+    name = "keys=fp8_e4m3-tensor-rot,values=nvfp4,sinks=2"
+    found = static_scales(params, config, [tokens[:, :9], tokens], name, **ease)
+    layer = jax.jit(build(config))(params, tokens, cache=init_cache(config, 2, 14))[1]["layers"]["1"]
+    k, v = (np.asarray(s.codes[0])[:, :, 2:] for s in (layer.keys, layer.values))
+    k = rotate(jnp.asarray((k - ease["center"]["1"][:, None]) / ease["gain"]["1"][:, None]), 1, 0)
+    np.testing.assert_allclose(found["key_scale"]["1"] * 448, np.abs(k).max((0, 2, 3)), rtol=1e-3)
+    np.testing.assert_allclose(found["value_scale"]["1"] * 448 * 6, np.abs(v).max((0, 2, 3)), rtol=1e-6)
+    cache = init_cache(config, 2, 14, name, **found, **ease)["layers"]["1"]
+    np.testing.assert_array_equal(cache.keys.static, found["key_scale"]["1"])
+    assert static_scales(params, config, [tokens], "keys=int8,values=fp8_e4m3-tensor").keys() == {"value_scale"}
+    assert static_scales(params, config, [tokens], "int8") == {}
+    with pytest.raises(ModelError, match="none behind 2 sinks"):
+        static_scales(params, config, [tokens[:, :2]], name)
+    with pytest.raises(ModelError, match="at least one batch"):
+        static_scales(params, config, [], name)
+
+
+def test_the_rotation_of_values_can_be_merged_into_the_weights():
+    """`rotate(stream=False)` turns what the cache gets: values round as in a -rot format."""
+    config = dataclasses.replace(CONFIGS["llama"], head_dim=16)
+    params, tokens = make_params(config), make_tokens(config, 14)
+    stands_out = lambda count: np.where(np.arange(count) % 16 == 3, np.float32(30), np.float32(1))
+    for layer in params["layers"].values():  # a channel of every head
+        attention = layer["attention"]
+        attention["v"]["kernel"] *= stands_out(32)
+        attention["o"]["kernel"] /= stands_out(64)[:, None]
+    apply, nothing = jax.jit(build(config)), jq.Recipe({"*": None})
+    folded = jq.quantize(build(config), params, nothing, jq.rotate(stream=False), [tokens])
+    full = apply(params, tokens)
+    np.testing.assert_allclose(apply(folded, tokens), full, atol=2e-4)
+    error = lambda p, name: float(jnp.abs(apply(p, tokens, cache=init_cache(config, 2, 14, name))[0] - full).mean())
+    plain, turned = "keys=float32,values=int4-g16-asym", "keys=float32,values=int4-g16-asym-rot"
+    assert error(folded, plain) < 0.75 * error(params, plain)
+    assert 0.75 < error(folded, plain) / error(params, turned) < 1.33

@@ -7,7 +7,16 @@ import pytest
 
 import jquant as jq
 from jquant.core.errors import CacheError
-from jquant.models import ModelError, build, generate, init_cache, load_state, save_state
+from jquant.models import (
+    ModelError,
+    build,
+    generate,
+    init_cache,
+    key_settings,
+    load_state,
+    save_state,
+    static_scales,
+)
 from jquant.models.generate import Sampling, sample
 from tests.models.cases import CONFIGS, make_params, make_tokens
 
@@ -92,6 +101,17 @@ def test_a_saved_state_goes_on_with_the_same_tokens(name, tmp_path):
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), first.state, state)
     assert all(jax.tree.leaves(same))
     rest = generate(APPLY, PARAMS, state=state, max_tokens=7, temperature=1.5)
+    np.testing.assert_array_equal(np.concatenate([first.tokens, rest.tokens], 1), whole.tokens)
+
+
+def test_a_saved_state_keeps_what_the_cache_was_fitted_to(tmp_path):
+    name = "keys=int4-g8-asym-rot,values=fp8_e4m3-tensor,sinks=1"
+    settings = key_settings(PARAMS, CONFIG, [PROMPT], skip=1) | static_scales(PARAMS, CONFIG, [PROMPT], name)
+    cache = lambda: init_cache(CONFIG, 2, 24, name, **settings)
+    whole = generate(APPLY, PARAMS, PROMPT, cache=cache(), max_tokens=8)
+    first = generate(APPLY, PARAMS, PROMPT, cache=cache(), max_tokens=3)
+    save_state(tmp_path / "state", first.state)
+    rest = generate(APPLY, PARAMS, state=load_state(tmp_path / "state"), max_tokens=5)
     np.testing.assert_array_equal(np.concatenate([first.tokens, rest.tokens], 1), whole.tokens)
 
 
