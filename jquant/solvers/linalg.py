@@ -42,12 +42,13 @@ def udu(h: jax.Array, added: jax.Array | float = 0.0) -> tuple[jax.Array, jax.Ar
         corner = (panel[start:] + jnp.diag(added[start:stop]))[::-1, ::-1]
         corner = jnp.tril(lax.linalg.cholesky(corner, symmetrize_input=False))
         diagonal = jnp.diagonal(corner)[::-1]
-        above = jnp.matmul(panel[:start], lower_inverse(corner)[::-1, ::-1].T, precision=HIGHEST) if start else panel[:0]
-        root = jnp.concatenate([above, corner[::-1, ::-1]])
-        unit = jnp.concatenate([above / diagonal, jnp.triu(root[start:] / diagonal, 1) + jnp.eye(stop - start)])
-        roots.append(root)
+        above, square = panel[:start], corner[::-1, ::-1]
+        if start:
+            above = jnp.matmul(above, lower_inverse(corner)[::-1, ::-1].T, precision=HIGHEST)
+        unit = jnp.triu(square / diagonal, 1) + jnp.eye(stop - start, dtype=h.dtype)
+        roots.append(jnp.concatenate([above, square]))
         diagonals.append(diagonal)
-        units.append(jnp.pad(unit.astype(h.dtype), ((0, n - stop), (0, 0))))
+        units.append(jnp.pad(jnp.concatenate([above / diagonal, unit]), ((0, n - stop), (0, 0))))
     return jnp.concatenate(units[::-1], axis=1), jnp.concatenate(diagonals[::-1]) ** 2
 
 
