@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+from jax.sharding import AxisType
 
 from jquant.core.qtensor import QTensor
 from jquant.core.scales import scale_values
@@ -25,7 +26,7 @@ _OUT = ("bfloat16", "float16", "float32")
 
 
 class Weight(NamedTuple):
-    """Arrays of the kernel: codes `[*batch, *others, bytes]`, scales and zero points `[*batch, *others (or 1), blocks]`."""
+    """What the kernel reads: codes `[*batch, *others, bytes]`; scales, zero points `[*batch, *others (or 1), blocks]`."""
 
     planes: tuple[jax.Array, ...]
     scale: jax.Array
@@ -50,6 +51,8 @@ def why_not(x: jax.Array, q: QTensor, batch: Sequence[int], weight_dtype: Any, o
       weight_dtype: of the weight when it is multiplied.
       out_dtype: of the result.
     """
+    if any(AxisType.Explicit in jax.typeof(a).sharding.mesh.axis_types for a in (x, *q.codes)):
+        return "a mesh with explicit axes"
     if q.format.element not in ELEMENTS:
         return f"{q.format.element} has no kernel"
     if jnp.dtype(weight_dtype) != x.dtype:
@@ -103,7 +106,11 @@ def arrays(q: QTensor, batch: Sequence[int] = ()) -> tuple[Weight, jax.Array | N
 def _product(x: jax.Array, w: Weight, how: _Static) -> jax.Array:
     """`x` `[*batch, tokens, n]`: each device's part of it, with a batching rule."""
     leaves, tree = jax.tree.flatten((x, w))
-    run = lambda *leaves: (_kernel(*jax.tree.unflatten(tree, leaves), how),)
+
+    def run(*leaves: jax.Array) -> tuple[jax.Array]:
+        x, w = jax.tree.unflatten(tree, leaves)
+        return (_kernel(x, w, how),)
+
     ins, out, sizes = _axes(x, w, how)
     parted = custom_vmap(on_shards(run, leaves, ins, [out], sizes=sizes, summed="k"))
 
