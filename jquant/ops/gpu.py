@@ -26,7 +26,7 @@ _OUT = ("bfloat16", "float16", "float32")
 
 
 class Weight(NamedTuple):
-    """What the kernel reads: codes `[*batch, *others, bytes]`; scales, zero points `[*batch, *others (or 1), blocks]`."""
+    """Codes `[*batch, *others, bytes]`; scales and zero points `[*batch, *others (or 1), blocks]`."""
 
     planes: tuple[jax.Array, ...]
     scale: jax.Array

@@ -22,15 +22,16 @@ def on_shards(
 ) -> Callable[..., Any]:
     """`run(*arrays) -> tuple`, on each device's part.
 
-        An axis is named by a letter, the same one in every array that is cut together with it; "-" for an axis that is
-    XX
-        Args:
-          run: the function.
-          arrays: what it will be called with, or their shapes.
-          ins, outs: the letters of the axes of each array, and of each result.
-          sizes: the letters along which arrays may be cut, and in how many parts at most; every axis of that letter has a
-            multiple of it.
-          summed: those of `sizes` that no result has: the results of their parts are added.
+    An axis is named by a letter, the same one in every array that is cut together with it; "-" for an axis that is
+    nobody else's, and is not cut. Where two arrays lie differently, the first one stays where it is.
+
+    Args:
+      run: the function.
+      arrays: what it will be called with, or their shapes.
+      ins, outs: the letters of the axes of each array, and of each result.
+      sizes: the letters along which arrays may be cut, and in how many parts at most; every axis of that letter is a
+        multiple of it.
+      summed: those of `sizes` that no result has: the results of their parts are added.
     """
     wrapped = custom_partitioning(run)
 
