@@ -1,16 +1,19 @@
 """Products of activations with a QTensor."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jquant.core import side as _side
 from jquant.core.qtensor import QTensor
-from jquant.ops import cpu
+from jquant.ops import cpu, gpu
 
 DECODED = "XLA: codes decoded into the product"
-BLOCKS = "on a CPU block by block, codes decoded within the caches; elsewhere " + DECODED
+BLOCKS = "on a CPU block by block, codes decoded within the caches"
+KERNEL = "on an NVIDIA GPU by a kernel that reads codes"
 
 
 def dot(
@@ -54,7 +57,18 @@ def dot(
         return cpu.dot(x, q, batch=batch, precision=precision).astype(dtype)
 
     # Chosen when the program is lowered, for the platform it is lowered for.
-    return jax.lax.platform_dependent(x, q, cpu=in_blocks, default=decoded), BLOCKS
+    choose = partial(jax.lax.platform_dependent, x, q, cpu=in_blocks, default=decoded)
+    multiplied = jax.eval_shape(lambda: cast(jnp.zeros((), q.dtype))).dtype
+    reason = gpu.why_not(x, q, batch, multiplied, dtype)
+    if reason is not None:
+        return choose(), f"{BLOCKS}; elsewhere {DECODED} (no kernel on an NVIDIA GPU: {reason})"
+
+    @jax.custom_jvp
+    def kernel(x: jax.Array, q: QTensor) -> jax.Array:
+        return gpu.dot(x, q, batch=batch, out_dtype=dtype)
+
+    kernel.defjvp(lambda primals, tangents: (kernel(*primals), jax.jvp(decoded, primals, tangents)[1]))
+    return choose(cuda=kernel), f"{BLOCKS}; {KERNEL}; elsewhere {DECODED}"
 
 
 def beside(
