@@ -117,12 +117,13 @@ caches: how the keys and values of past tokens are stored. A format of numbers
 (float32, bfloat16, int8, fp8_e4m3, int4-g64-asym, nvfp4, ...; `jquant quantize
 --help` explains the words) or lloyd2 .. lloyd4, a codebook; then -t32 (a scale
 for a channel of 32 tokens), -rot or -rot2 (rotated before rounding), -search
-(ranges by squared error). Or a name: fine4, fine2, kivi4, kivi2, turbo4, turbo2.
+(ranges by squared error). Or a name: fine4, fine2, kivi4, kivi2, turbo4,
+turbo2.
 Or settings: --cache keys=int4-t32-asym,values=int4-g64-asym,sinks=4,residual=64
 keeps the first 4 and the last 64 tokens in float.
 
---cache-text FILE reads the start of a text first, for what the keys of this model
-have in common: their codes get finer by it (fine4, and every -rot format);
+--cache-text FILE reads the start of a text first, for what the keys of this
+model have in common: their codes get finer by it (fine4, and every -rot format);
 and for the static scales of fp8_e4m3-tensor and nvfp4.
 """
 
