@@ -123,8 +123,8 @@ Or settings: --cache keys=int4-t32-asym,values=int4-g64-asym,sinks=4,residual=64
 keeps the first 4 and the last 64 tokens in float.
 
 --cache-text FILE reads the start of a text first, for what the keys of this
-model have in common: their codes get finer by it (fine4, and every -rot format);
-and for the static scales of fp8_e4m3-tensor and nvfp4.
+model have in common: their codes get finer by it (fine4, and every -rot
+format); and for the static scales of fp8_e4m3-tensor and nvfp4.
 """
 
 
