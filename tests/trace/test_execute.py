@@ -43,7 +43,8 @@ def arrays(model: Model) -> list:
 @pytest.mark.parametrize("model, fmt", PAIRS)
 def test_equals_the_dequantized_model_under_jit(model: Model, fmt: Format):
     q = model_bank.quantize(model.name, fmt)
-    assert_same(quantized(model.name)(q, *model.args), plain(model.name)(dequantize(q), *model.args))
+    want = plain(model.name)(dequantize(q), *model.args)
+    assert_same(quantized(model.name)(q, *model.args), want, rtol=model.near())
 
 
 @pytest.mark.parametrize("model, fmt", ONE_FORMAT)
@@ -74,7 +75,7 @@ def test_parameters_that_decode_to_bfloat16(name: str):
     cast = lambda w: w.astype(jnp.bfloat16) if jq.is_qtensor(w) or jnp.issubdtype(w.dtype, jnp.floating) else w
     q = jax.tree.map(cast, model_bank.quantize(name, FORMATS[1]), is_leaf=jq.is_qtensor)
     args = jax.tree.map(lambda x: cast(jnp.asarray(x)), model.args)
-    assert_same(quantized(name)(q, *args), plain(name)(dequantize(q), *args), rtol=2**-7)
+    assert_same(quantized(name)(q, *args), plain(name)(dequantize(q), *args), rtol=2**-6)
     assert sum(r.fused for r in jq.explain(model.apply, q, *args)) == model.fused
 
 

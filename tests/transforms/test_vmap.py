@@ -35,7 +35,8 @@ def stacked(tree, seeds=(1, 2, 3)):
 def test_over_inputs(model: Model, fmt):
     q, args = model_bank.quantize(model.name, fmt), stacked(model.args)
     run = lambda apply: quick(jax.vmap(lambda p, *a: apply(p, *a, **model.kwargs), in_axes=(None, *[0] * len(args))))
-    assert_same(run(jq.quantized(model.apply))(q, *args), run(model.apply)(dequantize(q), *args), rtol=1e-5)
+    want = run(model.apply)(dequantize(q), *args)
+    assert_same(run(jq.quantized(model.apply))(q, *args), want, rtol=model.near(1e-5))
 
 
 @pytest.mark.parametrize("model, fmt", CASES)
@@ -46,7 +47,7 @@ def test_over_an_ensemble(model: Model, fmt):
     got = quick(jax.vmap(lambda q: jq.quantized(model.apply)(q, *model.args, **model.kwargs)))(q)
     run = quick(lambda p: model.apply(p, *model.args, **model.kwargs))
     want = jax.tree.map(lambda *x: jnp.stack(x), *[run(dequantize(m)) for m in members])
-    assert_same(got, want, rtol=1e-5)
+    assert_same(got, want, rtol=model.near(1e-5))
 
 
 def test_the_same_reads_run_on_codes_inside_vmap():
