@@ -68,7 +68,7 @@ class Model(NamedTuple):
         return self.name
 
     def near(self, rtol: float = 2e-6) -> float:
-        """`rtol`; some roundings of bfloat16 where it calculates in that: on a CPU a QTensor's product is more exact."""
+        """`rtol`, or some roundings of bfloat16 where it calculates in that: our products on a CPU are more exact."""
         return 2**-6 if self.name in ("bf16", "mixed_dtypes") else rtol
 
 
