@@ -13,11 +13,11 @@ a step of the loop for each token, bytes that are read over those of the cache. 
 
 import argparse
 import math
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clock import best
 
 from jquant import kv_cache
 from jquant.kv_cache import attention, kernel
@@ -74,17 +74,6 @@ def random(cache: kv_cache.KVCache, key: jax.Array) -> kv_cache.KVCache:
 
     leaves, tree = jax.tree.flatten(cache)
     return tree.unflatten([one(a, k) for a, k in zip(leaves, jax.random.split(key, len(leaves)))])
-
-
-def best(fn, *args) -> float:
-    fn = jax.jit(fn)
-    jax.block_until_ready(fn(*args))
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready(fn(*args))
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def seconds(fn, q: jax.Array, *rest) -> float:

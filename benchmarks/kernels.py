@@ -12,12 +12,12 @@ that are read. No speed is claimed there.
 
 import argparse
 import math
-import time
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clock import best
 
 from pallas_kernels import harness, shapes
 from pallas_kernels.gpus import GPUS, Gpu, gpu
@@ -100,17 +100,6 @@ def random(tree, key):
 
     leaves, tree = jax.tree.flatten(tree)
     return tree.unflatten([one(a, key) for a, key in zip(leaves, jax.random.split(key, len(leaves)))])
-
-
-def best(fn, *args) -> float:
-    fn = jax.jit(fn)
-    jax.block_until_ready(fn(*args))
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready(fn(*args))
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def seconds(fn, x, weights) -> float:

@@ -1,16 +1,17 @@
 """One product of activations with a weight on this device: float32, bfloat16, formats and policies, milliseconds.
 
-    python benchmarks/products.py [--size 4096] [--rows 1 4 256]
+    python benchmarks/products.py [--size 4096] [--rows 1 4 256] [--dtype bfloat16]
 
-The floor is the bytes of the weight over the rate of a plain read of the float32 weight. Best of twelve runs of each, in turn.
+The floor is the bytes of the weight over the rate of a plain read of the float32 weight. Best of twelve runs of each.
+--dtype is that of what is multiplied with the quantized weights, and of what these decode to.
 """
 
 import argparse
 import os
-import time
 
 import jax
 import jax.numpy as jnp
+from clock import best
 
 import jquant as jq
 from jquant import ops
@@ -21,16 +22,8 @@ from jquant.core.qtensor import encode_array
 FORMATS = ("int8", "int4-g64", "int4-g64-asym", "int3-g64", "nf4-g64", "int8+int8", "int4-g64+int8", "fp8_e4m3+fp8_e4m3")
 
 
-def best(fn, *args) -> float:
-    """Milliseconds of one call, compiled."""
-    fn = jax.jit(fn)
-    jax.block_until_ready(fn(*args))
-    times = []
-    for _ in range(12):
-        start = time.perf_counter()
-        jax.block_until_ready(fn(*args))
-        times.append(time.perf_counter() - start)
-    return min(times) * 1e3
+def ms(fn, *args) -> float:
+    return best(fn, *args, repeats=12) * 1e3
 
 
 def weight(w: jax.Array, name: str) -> jq.QTensor:
@@ -47,17 +40,18 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 256])
     parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     w = jax.random.normal(jax.random.key(0), (args.size, args.size))
     half = w.astype(jnp.bfloat16)
-    quantized = {f: weight(w, f) for f in args.formats}
+    quantized = {f: weight(w, f).astype(args.dtype) for f in args.formats}
     print("| rows | float32 | bfloat16 | " + " | ".join(quantized) + " |\n|" + "---|" * (len(quantized) + 3))
     for rows in args.rows:
         x = jax.random.normal(jax.random.key(1), (rows, args.size))
-        plain = [best(lambda x, w: x @ w, x, w), best(lambda x, w: x @ w, x.astype(jnp.bfloat16), half)]
-        packed = [best(product, x, q) for q in quantized.values()]
+        plain = [ms(lambda x, w: x @ w, x, w), ms(lambda x, w: x @ w, x.astype(jnp.bfloat16), half)]
+        packed = [ms(product, x.astype(args.dtype), q) for q in quantized.values()]
         print(f"| {rows} | " + " | ".join(f"{t:.1f}" for t in [*plain, *packed]) + " |", flush=True)
-    read = w.nbytes / best(lambda w: jnp.sum(w, axis=0), w) / 1e6
+    read = w.nbytes / ms(lambda w: jnp.sum(w, axis=0), w) / 1e6
     print(f"\n{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}. A plain read: {read:.1f} GB/s.")
 
 

@@ -9,7 +9,8 @@ and the input is taken apart the same way:
 
     sum_k x_k w_k  =  sum_p sum_j x_{P j + p} w_{P j + p}
 
-Milliseconds beside float32 and bfloat16: benchmarks/products.py and its results.
+Milliseconds beside float32 and bfloat16: benchmarks/products.py and its results. A weight of several blocks that is cut
+over a mesh of CPU devices is put together first: blocks are cut from the whole of it.
 """
 
 from collections.abc import Sequence
@@ -27,9 +28,10 @@ from jquant.core.format_type import Format
 from jquant.core.formats import spread_groups
 from jquant.core.qtensor import QTensor
 
-# Decoded elements of a block, 8 MB of float32: of 1/8 to 2 times as many none is faster on both ends of the JAX range.
+# Decoded elements of a block, 8 MB of float32: what the caches of two cores hold.
 _BLOCK = 2**21
-# From this release on XLA:CPU multiplies bfloat16 (two tokens and more) faster than float32; before, ten times slower.
+# From this release on XLA:CPU multiplies bfloat16 (two tokens and more) faster than float32; before, two to ten times
+# slower.
 _BF16_SINCE = (0, 11)
 
 
