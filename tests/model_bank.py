@@ -69,7 +69,7 @@ class Model(NamedTuple):
 
     def near(self, rtol: float = 2e-6) -> float:
         """`rtol`, or some roundings of bfloat16 where it calculates in that: our products on a CPU are more exact."""
-        return 2**-6 if self.name in ("bf16", "mixed_dtypes") else rtol
+        return 2**-7 if self.name in ("bf16", "mixed_dtypes") else rtol
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:

@@ -68,9 +68,17 @@ def _cache_text(args: Namespace, fmt: CacheFormat) -> tuple[str, str] | None:
     """What `read_text` gives for --cache-text."""
     if args.cache_text is None:
         return None
-    if fmt.keys.is_float and not fmt.values.static:
-        raise UsageError(f"--cache-text: {fmt} rounds no keys and has no static scales; name a --cache such as fine4")
+    if not _eases(fmt) and not fmt.keys.static and not fmt.values.static:
+        raise UsageError(
+            f"--cache-text: {fmt} rounds no keys, or each channel for itself, and has no static scales: nothing of it is "
+            "fitted to a text; name a --cache such as fine4"
+        )
     return read_text(args.cache_text)
+
+
+def _eases(fmt: CacheFormat) -> bool:
+    """Whether its keys can be eased: a channel's own scale and zero point leave nothing to do."""
+    return not fmt.keys.is_float and fmt.keys.tokens == 1
 
 
 def _fitted(model: Model, fmt: CacheFormat, path: str | None, content: tuple[str, str] | None) -> dict[str, Any]:
@@ -80,9 +88,8 @@ def _fitted(model: Model, fmt: CacheFormat, path: str | None, content: tuple[str
     length = min(_FIT_LENGTH, model.config.max_position_embeddings)
     text = cut_text(path, content, model.tokenizer, length, _FIT_WINDOWS)
     say(f"fitting the cache to {len(text.windows)} x {length} tokens of {path}")
-    # A channel's own scale and zero point leave nothing to ease.
     params, config, cut = model.params, model.config, text.windows
-    keys = {} if fmt.keys.is_float or fmt.keys.tokens > 1 else models.key_settings(params, config, cut)
+    keys = models.key_settings(params, config, cut) if _eases(fmt) else {}
     return {**keys, **models.static_scales(params, config, cut, fmt, center=keys.get("center"), gain=keys.get("gain"))}
 
 

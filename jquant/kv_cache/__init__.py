@@ -1,8 +1,8 @@
 """The quantized KV cache: pure functions on a pytree.
 
-cache = kv_cache.init(batch, length, kv_heads, head_dim, "int8")
-cache = kv_cache.append(cache, k, v)      # [batch, tokens, kv_heads, head_dim]
-out = kv_cache.attend(q, cache)           # [batch, tokens, heads, head_dim]
+    cache = kv_cache.init(batch, length, kv_heads, head_dim, "int8")
+    cache = kv_cache.append(cache, k, v)      # [batch, tokens, kv_heads, head_dim]
+    out = kv_cache.attend(q, cache)           # [batch, tokens, heads, head_dim]
 """
 
 from jquant.core.errors import CacheError

@@ -88,7 +88,7 @@ def decode_vectors(store: Store, coding: Coding, dim: int) -> tuple[jax.Array, j
 
 
 def _widened(x: jax.Array) -> jax.Array:
-    """To float32. bfloat16 by its bits: XLA:CPU would multiply in bfloat16, at a third of the speed."""
+    """To float32. bfloat16 by its bits: XLA:CPU would multiply in bfloat16, which is slow before jax 0.11."""
     if x.dtype != jnp.bfloat16:
         return x.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16

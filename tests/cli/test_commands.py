@@ -246,3 +246,5 @@ def test_generate_fits_the_cache_to_a_text(files, capsys):
     assert shown == model.tokenizer.decode([*ids, *done.tokens[0]]) + "\n"
     code, _, said = generate(capsys, files, "--prompt", "It", "--cache-text", files / "text.txt")
     assert code == 2 and "rounds no keys" in said
+    code, _, said = generate(capsys, files, "--prompt", "It", "--cache", "kivi4", "--cache-text", files / "text.txt")
+    assert code == 2 and "nothing of it is fitted" in said

@@ -13,6 +13,7 @@ from jquant import kv_cache
 from jquant.kv_cache import init
 from tests.kv_cache.cases import append, attend, tokens
 
+pytestmark = pytest.mark.optimized
 NAMES = ["float32", "int8", "int4-g64-asym-rot", "keys=int4-t8-asym,values=nvfp4,sinks=2,residual=4"]
 
 
