@@ -4,15 +4,13 @@ The kernel is chosen when a program is lowered, for the platform that it is lowe
 GPUs only.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jquant.core.formats import Format
+from jquant.ops.shards import on_shards
 from pallas_kernels.decode_attention import Coded, Layout, Rules, State, decode_attention, why_not
 from pallas_kernels.quantized_matmul.elements import Element, element
 
@@ -47,7 +45,8 @@ def on_gpus(call: Call, layouts: tuple[Layout, Layout], rules: Rules) -> State:
     leaves, tree = jax.tree.flatten(call)
     flat = lambda *leaves: tuple(run(jax.tree.unflatten(tree, leaves)))
     # A program of one device, or one mapped by vmap, has nothing to part.
-    parted = custom_vmap(_parted(flat, _axes(call)))
+    sizes = {"b": call.q.shape[0], "k": call.q.shape[1]}
+    parted = custom_vmap(on_shards(flat, leaves, _axes(call), ["bkr", "bkr", "bkrd"], sizes=sizes))
 
     def mapped(size: int, in_batched: Any, *leaves: jax.Array) -> Any:
         axes = [0 if is_mapped else None for is_mapped in in_batched]
@@ -65,32 +64,12 @@ def _kernel(call: Call, layouts: tuple[Layout, Layout], rules: Rules) -> State:
 
 
 def _axes(call: Call) -> list[str]:
-    """Which axes of each array are sequences (b) and kv heads (k); "-" for others."""
+    """Which axes of each array are sequences (b), kv heads (k), queries (r) and channels (d); "-" for others."""
     row = "-" if call.table is not None else "b"  # the rows of a pool of pages are no sequences
 
     def coded(c: Coded) -> list[str]:
         rows = [*c.codes, *(a for a in (c.scale, c.zero_point) if a is not None)]
         return [f"{row}k--"] * len(rows) + ["k"] * (c.static is not None)
 
-    rest = [(call.written, "b"), (call.shift, "bk-"), (call.table, "b-")]
-    return ["bk--", *coded(call.keys), *coded(call.values), "b-", "b", *(axes for a, axes in rest if a is not None)]
-
-
-def _parted(run: Callable[..., Any], axes: list[str]) -> Callable[..., Any]:
-    """`run` on each device's sequences and heads."""
-    results = ["bk-", "bk-", "bk--"]
-    wrapped = custom_partitioning(run)
-
-    def partition(mesh: Any, args: Any, results_: Any) -> Any:
-        spec = (*args[0].sharding.spec, None, None)[:2]  # of q
-        here = lambda name: PartitionSpec(*(dict(zip("bk", spec)).get(axis) for axis in name))
-        place = lambda names: tuple(NamedSharding(mesh, here(name)) for name in names)
-        return mesh, run, place(results), place(axes)
-
-    count = iter(range(1000))
-    factor = lambda name: " ".join(axis if axis in "bk" else f"x{next(count)}" for axis in name)
-    # r, d: the queries of a head, and its channels, are those of the result.
-    ins = ["b k r d", *(factor(name) for name in axes[1:])]
-    rule = f"{', '.join(ins)} -> b k r, b k r, b k r d"
-    wrapped.def_partition(partition=partition, sharding_rule=rule)
-    return wrapped
+    rest = [(call.written, "b"), (call.shift, "bkr"), (call.table, "b-")]
+    return ["bkrd", *coded(call.keys), *coded(call.values), "br", "b", *(axes for a, axes in rest if a is not None)]
