@@ -70,8 +70,8 @@ def _cache_text(args: Namespace, fmt: CacheFormat) -> tuple[str, str] | None:
         return None
     if not _eases(fmt) and not fmt.keys.static and not fmt.values.static:
         raise UsageError(
-            f"--cache-text: {fmt} rounds no keys, or each channel for itself, and has no static scales: nothing of it is "
-            "fitted to a text; name a --cache such as fine4"
+            f"--cache-text: {fmt} rounds no keys, or each channel for itself, and has no static scales: nothing of it "
+            "is fitted to a text; name a --cache such as fine4"
         )
     return read_text(args.cache_text)
 

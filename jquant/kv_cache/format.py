@@ -195,7 +195,7 @@ PRESETS: dict[str, CacheFormat] = {
     # KIVI's groups of 32 and window of 128; with bfloat16 scales of values they would take 0.297 and 0.172 of bfloat16.
     "kivi4": _pair("int4-t32-asym", "int4-g32-asym-e4m3", residual=128),
     "kivi2": _pair("int2-t32-asym", "int2-g32-asym-e4m3", residual=128),
-    # Of what was tried, the least divergence for these bytes: rounded keys cost more of it than values, so they get the smaller groups.
+    # Of what was tried, the least divergence for these bytes. Rounded keys cost more of it than values: smaller groups.
     "fine4": _pair("int4-g16-asym-ze3m4-e4m3-search-rot", "int4-g64-asym-ze3m4-e4m3-search-rot", sinks=4),
     "fine2": _pair("int2-g16-asym-ze3m4-e4m3-search-rot", "int2-g64-asym-ze3m4-e4m3-search-rot", sinks=4),
     "turbo4": _pair("lloyd4-rot", "lloyd4-rot"),

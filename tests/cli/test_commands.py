@@ -247,4 +247,4 @@ def test_generate_fits_the_cache_to_a_text(files, capsys):
     code, _, said = generate(capsys, files, "--prompt", "It", "--cache-text", files / "text.txt")
     assert code == 2 and "rounds no keys" in said
     code, _, said = generate(capsys, files, "--prompt", "It", "--cache", "kivi4", "--cache-text", files / "text.txt")
-    assert code == 2 and "nothing of it is fitted" in said
+    assert code == 2 and "nothing of it is fitted to a text" in said
