@@ -16,3 +16,11 @@ def best(fn: Any, *args: Any, repeats: int = 10) -> float:
         jax.block_until_ready(fn(*args))
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def kernel_times(program: Any, *args: Any) -> list[tuple[str, float]]:
+    """The kernels that one call of a compiled program runs on the GPU, in order, and the seconds of each, by CUPTI."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, found = profiler.Cupti(finalize=False).measure(program, aggregate=False)(*args)
+    return [(name, ms / 1e3) for name, ms in found or []]

@@ -102,6 +102,12 @@ def random(tree, key):
     return tree.unflatten([one(a, key) for a, key in zip(leaves, jax.random.split(key, len(leaves)))])
 
 
+def copies(tree, g: Gpu) -> list:
+    """Random weights, as many as exceed the L2 cache."""
+    count = max(2, min(64, math.ceil(3 * g.l2 / nbytes(tree))))
+    return [random(tree, jax.random.key(i)) for i in range(1, count + 1)]
+
+
 def seconds(fn, x, weights) -> float:
     """Of one product, with a weight that is not in the cache."""
     return best(lambda x, weights: [fn(x, w) for w in weights], x, weights) / len(weights)
@@ -111,8 +117,7 @@ def timed(name: str, layer: shapes.Linear, m: int, device: str, g: Gpu, xla: dic
     f, n, k = FORMATS[name], layer.n, layer.k
     x_shape, w_shape = arguments(f, m, n, k)
     x = random(x_shape, jax.random.key(0))
-    copies = max(2, min(64, math.ceil(3 * g.l2 / nbytes(w_shape))))
-    weights = [random(w_shape, jax.random.key(i)) for i in range(1, copies + 1)]
+    weights = copies(w_shape, g)
     got, want = (jax.jit(product(f, device, right))(x, weights[0]).astype(jnp.float32) for right in (False, True))
     error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
     if (m, n, k) not in xla:

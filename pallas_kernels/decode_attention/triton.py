@@ -33,6 +33,7 @@ from pallas_kernels import compat
 from pallas_kernels.decode_attention.layout import Coded, Layout, Rules, State
 from pallas_kernels.decode_attention.tilings import Tiling
 from pallas_kernels.gpus import gpu
+from pallas_kernels.quantized_matmul import packed as two_at_a_time
 from pallas_kernels.quantized_matmul import upcast
 from pallas_kernels.quantized_matmul.elements import Element, plane_widths
 
@@ -199,8 +200,9 @@ def partial_states(
     ins += [*_arrays(keys, k), *_arrays(values, v)]
     f32 = lambda *shape: jax.ShapeDtypeStruct((batch, kv_heads, t.splits, *shape), jnp.float32)
     kernel = partial(
-        _kernel, views=views, rules=rules, t=t, rows=rows, has_shift=shift is not None, has_table=table is not None
-    )
+        _kernel, views=views, rules=rules, t=t, rows=rows, has_shift=shift is not None, has_table=table is not None,
+        packed=not interpret,
+    )  # fmt: skip
     with compat.lowering_for(gpu(device).kind):
         top, total, out = pl.pallas_call(
             kernel,
@@ -247,7 +249,7 @@ def combine(s: State) -> State:
 
 
 def _kernel(
-    *refs: Any, views: tuple[View, View], rules: Rules, t: Tiling, rows: int, has_shift: bool, has_table: bool
+    *refs: Any, views: tuple[View, View], rules: Rules, t: Tiling, rows: int, has_shift: bool, has_table: bool, packed: bool
 ) -> None:
     q_ref, at_ref, range_ref, *ins = refs[:-3]
     top_ref, total_ref, out_ref = refs[-3:]
@@ -266,7 +268,7 @@ def _kernel(
     begin = first + split * part
     count = jnp.minimum(jnp.maximum(first + blocks - begin, 0), part)
     where = lambda i: _Block(i, t.block, low, high, row, head, table_ref, rules.page_size)
-    k_read, v_read = _reader(ins, k_view), _reader(ins, v_view)
+    k_read, v_read = _reader(ins, k_view, packed), _reader(ins, v_view, packed)
     at = at_ref[row, mine]
     part_of_q = lambda lane, chunk: q_ref[row, head, np.int32(lane), mine, pl.ds(chunk * k_view.width, k_view.width)]
     q = [[_two(part_of_q(lane, chunk)) for chunk in range(k_view.chunks)] for lane in range(k_view.lanes)]
@@ -359,8 +361,8 @@ def _scores(q: list[list[jax.Array]], read: "_Reader", block: "_Block", small: A
     view, total = read.view, None
     for chunk in range(view.chunks):
         words, sums = read.codes(block, chunk), None
-        for lane in range(view.lanes):
-            for part in read.values(words, lane, chunk, small):
+        for lane, parts in enumerate(read.values(words, chunk, small)):
+            for part in parts:
                 product = compat.dot(q[lane][chunk], part.T)
                 sums = product if sums is None else sums + product
         assert sums is not None
@@ -384,10 +386,10 @@ def _outputs(
         if view.scales in ("token", "group"):
             w = w * read.numbers(small[0][chunk])[None, :]
         w = _two(w)
-        for lane in range(view.lanes):
+        for lane, parts in enumerate(read.values(words, chunk, small)):
             n = lane * view.chunks + chunk
             out[n] = out[n] * fade
-            for part in read.values(words, lane, chunk, small):
+            for part in parts:
                 out[n] = out[n] + compat.dot(w, part)
     return tuple(out)
 
@@ -427,6 +429,7 @@ class _Reader(NamedTuple):
     words: tuple[Any, ...]
     scale: Any
     zero: Any
+    packed: bool
 
     def codes(self, block: _Block, chunk: int) -> tuple[jax.Array, ...]:
         """`[n, width]`: words of each plane, or floats."""
@@ -487,34 +490,44 @@ class _Reader(NamedTuple):
         bad = {"float8_e4m3fn": 0x7F, "float8_e8m0fnu": 0xFF}.get(stored)
         return out if bad is None else jnp.where(scale == np.uint8(bad), jnp.asarray(jnp.nan, out.dtype), out)
 
-    def values(self, words: tuple[jax.Array, ...], lane: int, chunk: int, small: Any) -> tuple[jax.Array, ...]:
-        """bfloat16 `[n, width]`: the elements of a lane, as a sum of one or two numbers."""
+    def values(self, words: tuple[jax.Array, ...], chunk: int, small: Any) -> list[tuple[jax.Array, ...]]:
+        """bfloat16 `[n, width]` for every lane: the elements, as a sum of one or two numbers."""
         view, e = self.view, self.view.layout.element
         if e is None:
             if not view.two:
-                return words
+                return [words]
             high, low = _halves(words[0].astype(jnp.float32))
-            return high.astype(BFLOAT16), low.astype(BFLOAT16)
-        codes = upcast.lane_codes(words, e.bits, lane)
-        zero = self._spread(small[1], lane, chunk, codes.shape) if view.zeros else None
-        if zero is not None and zero.dtype == jnp.uint8:
-            zero = zero.astype(BFLOAT16)
-        if e.kind == "int":
-            out = upcast.integers(codes, e.bits, zero, BFLOAT16)
-        elif e.kind == "table":
-            smooth = upcast.odd_polynomial(e.table)
-            if smooth is None:
-                out = upcast.table(codes, e.table, BFLOAT16)
-            else:
-                out = upcast.polynomial(codes, smooth, e.bits, BFLOAT16)
+            return [(high.astype(BFLOAT16), low.astype(BFLOAT16))]
+        lanes = range(view.lanes)
+        zeros = [self._zero(small[1], lane, chunk, words[0].shape) for lane in lanes]
+        if self.packed and two_at_a_time.can(words, e, zeros, BFLOAT16):
+            out = two_at_a_time.values(words[0], e, zeros, BFLOAT16)
         else:
-            out = upcast.small_floats(codes, e, BFLOAT16)
-            if e.storage == "float8_e4m3fn" and view.scales == "none":  # elsewhere the scale says it
-                bad = (codes & np.uint16(0x7F)) == np.uint16(0x7F)
-                out = jnp.where(bad, jnp.asarray(jnp.nan, BFLOAT16), out)
+            out = [self._plain(upcast.lane_codes(words, e.bits, lane), e, zeros[lane]) for lane in lanes]
+        if e.storage == "float8_e4m3fn" and view.scales == "none":  # elsewhere the scale says it
+            bad = (words[0] & np.uint8(0x7F)) == np.uint8(0x7F)
+            out = [jnp.where(bad, jnp.asarray(jnp.nan, BFLOAT16), o) for o in out]
         if view.scales in ("element", "channel"):
-            out = upcast.times(out, self._over(self.numbers(small[0][0], BFLOAT16), lane, out.shape), BFLOAT16)
-        return (out,)
+            scale = self.numbers(small[0][0], BFLOAT16)
+            out = [upcast.times(o, self._over(scale, lane, o.shape), BFLOAT16) for lane, o in enumerate(out)]
+        return [(o,) for o in out]
+
+    def _plain(self, codes: jax.Array, e: Element, zero: jax.Array | None) -> jax.Array:
+        if e.kind == "int":
+            return upcast.integers(codes, e.bits, zero, BFLOAT16)
+        if e.kind == "float":
+            return upcast.small_floats(codes, e, BFLOAT16)
+        smooth = upcast.odd_polynomial(e.table)
+        if smooth is None:
+            return upcast.table(codes, e.table, BFLOAT16)
+        return upcast.polynomial(codes, smooth, e.bits, BFLOAT16)
+
+    def _zero(self, zeros: Any, lane: int, chunk: int, shape: tuple[int, ...]) -> jax.Array | None:
+        """Zero points that broadcast against the elements of a lane."""
+        if not self.view.zeros:
+            return None
+        zero = self._spread(zeros, lane, chunk, shape)
+        return zero.astype(BFLOAT16) if zero.dtype == jnp.uint8 else zero
 
     def _spread(self, zeros: tuple[jax.Array, ...], lane: int, chunk: int, shape: tuple[int, ...]) -> jax.Array:
         """Zero points that broadcast against the elements."""
@@ -530,10 +543,10 @@ class _Reader(NamedTuple):
         return jnp.broadcast_to(a[:, :, None], (*a.shape, shape[1] // a.shape[1])).reshape(shape)
 
 
-def _reader(ins: list[Any], view: View) -> _Reader:
+def _reader(ins: list[Any], view: View, packed: bool) -> _Reader:
     """Takes the arrays of `_arrays` from the front of `ins`."""
     e = view.layout.element
     planes = 1 if e is None else len(plane_widths(e.bits))
     words = tuple(ins.pop(0) for _ in range(planes))
     scale = ins.pop(0) if e is not None and view.scales != "none" else None
-    return _Reader(view, words, scale, ins.pop(0) if view.zeros else None)
+    return _Reader(view, words, scale, ins.pop(0) if view.zeros else None, packed)

@@ -15,6 +15,7 @@ float32 activations are parted into three bfloat16 numbers that add up to them, 
 in bfloat16, so the product is one of float32.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import compat
 from pallas_kernels.blocks import indices, load, mask, program
 from pallas_kernels.gpus import gpu
+from pallas_kernels.quantized_matmul import packed as two_at_a_time
 from pallas_kernels.quantized_matmul import upcast
 from pallas_kernels.quantized_matmul.elements import Element, element, plane_widths
 from pallas_kernels.quantized_matmul.tilings import MIN_LANE_K, Problem, Tiling, choose
@@ -65,6 +67,13 @@ def word_bytes(name: str, group: int, k: int, block_k: int | None, dtype: Any) -
     part = group & -group
     # In float32 a step must lie within a group.
     return 2 if group == 0 or part >= least or (part == group and dtype != jnp.float32) else 1
+
+
+def parts_of(weight: Weight, t: Tiling) -> int:
+    """Groups of a step whose sums are apart, so that a scale multiplies each; 1 where a step is no more than a group."""
+    group = weight.group
+    apart = group > 0 and group % (MIN_LANE_K * weight.lanes) == 0 and group & -group == group
+    return t.block_k // group if apart and t.block_k > group and t.block_k % group == 0 else 1
 
 
 def why_not(name: str, group_size: int | None, k: int, n: int, dtype: Any) -> str | None:
@@ -246,89 +255,104 @@ def _kernel(
     dtype = x_ref.dtype
     row, col = program(m, n, t.block_m, t.block_n)
     rows_m, rows_n = pl.ds(row * t.block_m, t.block_m), pl.ds(col * t.block_n, t.block_n)
-    width = t.block_k // lanes
-    steps = pl.cdiv(words, width)
+    parts = parts_of(weight, t)
+    width = t.block_k // lanes // parts
+    steps = pl.cdiv(words, width * parts)
     part = pl.cdiv(steps, t.split_k)
     first = pl.program_id(1) * part
     count = part if steps % part == 0 and steps // part == t.split_k else jnp.minimum(part, steps - first)
-    scaler = _Scaler(scale_ref, zero_ref, weight, t, scale_dtype, rows_n, n)
+    scaler = _Scaler(scale_ref, zero_ref, weight, t.block_k // parts, scale_dtype, rows_n, n)
 
-    def step(i: Any, acc: jax.Array) -> jax.Array:
-        at = first + i
+    def one(at: Any, stored: tuple[Any, Any]) -> jax.Array:
         columns = pl.ds(at * width, width)
         code_mask, x_mask = mask((rows_n, n), (columns, words)), mask((rows_m, m), (columns, words))
         loaded = tuple(load(r, (rows_n, columns), code_mask) for r in word_refs)
-        scale, zero = scaler.read(at, dtype)
+        scale, zero = scaler.numbers(stored, dtype)
         total = None
-        for lane in range(lanes):
+        for lane, w in enumerate(_values(loaded, zero, weight, dtype, rest, packed)):
             x = load(x_ref, (pl.ds(rows_m.start + lane * m, t.block_m), columns), x_mask)
-            w = _values(loaded, lane, zero, weight, dtype, rest, packed)
             if scaler.inside:
                 w = upcast.times(w, scale, dtype)
             product = compat.dot(w, x.T)
             total = product if total is None else total + product
         assert total is not None
-        return acc + (total * scale if scaler.on_sums else total)
+        return total * scale if scaler.on_sums else total
 
-    acc = lax.fori_loop(0, count, step, jnp.zeros((t.block_n, t.block_m), jnp.float32))
+    def read(at: Any) -> tuple[tuple[Any, Any], ...]:
+        return tuple(scaler.read(at * parts + p) for p in range(parts))
+
+    def step(i: Any, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        acc, early = carry
+        at = first + i
+        # Triton hides the latency of what a tensor core multiplies, not of these: they are read a step before.
+        now, later = (early, read(jnp.minimum(at + 1, steps - 1))) if scaler.on_sums else (read(at), ())
+        for p in range(parts):
+            acc = acc + one(at * parts + p, now[p])
+        return acc, later
+
+    start = jnp.zeros((t.block_n, t.block_m), jnp.float32)
+    acc, _ = lax.fori_loop(0, count, step, (start, read(first) if scaler.on_sums else ()))
     acc = acc * scaler.last()
     where = (pl.program_id(1), rows_m, rows_n)
     plt.store(out_ref.at[where], acc.T.astype(out_ref.dtype), mask=mask((rows_m, m), (rows_n, n)))
 
 
 def _values(
-    words: tuple[jax.Array, ...], lane: int, zero: Any, w: Weight, dtype: Any, rest: bool, packed: bool
-) -> jax.Array:
-    """The elements of a lane, without their scale; of floats up to `upcast.small_float_unit`."""
+    words: tuple[jax.Array, ...], zero: Any, w: Weight, dtype: Any, rest: bool, packed: bool
+) -> Sequence[jax.Array]:
+    """The elements of every lane, without their scale; of floats up to `upcast.small_float_unit`."""
     e = w.element
-    if packed and e.kind == "int" and words[0].dtype == jnp.uint16 and (zero is None or zero.dtype == dtype):
-        return upcast.packed_integers(words[0], e.bits, lane, zero, dtype)
-    codes = upcast.lane_codes(words, e.bits, lane)
+    if e.kind == "table":
+        near = np.asarray(e.table, np.float32).astype(dtype).astype(np.float32)
+        e = e._replace(table=tuple(np.asarray(e.table, np.float32) - near) if rest else tuple(near))
+    if packed and two_at_a_time.can(words, e, [zero], dtype):
+        return two_at_a_time.values(words[0], e, [zero] * w.lanes, dtype)
+    codes = [upcast.lane_codes(words, e.bits, lane) for lane in range(w.lanes)]
     if e.kind == "int":
-        return upcast.integers(codes, e.bits, zero, dtype)
+        return [upcast.integers(c, e.bits, zero, dtype) for c in codes]
     if e.kind == "float":
-        return upcast.small_floats(codes, e, dtype)
-    near = np.asarray(e.table, np.float32).astype(dtype).astype(np.float32)
-    return upcast.table(codes, tuple(np.asarray(e.table, np.float32) - near) if rest else tuple(near), dtype)
+        return [upcast.small_floats(c, e, dtype) for c in codes]
+    return [upcast.table(c, e.table, dtype) for c in codes]
 
 
 class _Scaler(NamedTuple):
-    """Reads scales and zero points for the steps of the loop."""
+    """Reads scales and zero points for parts of `size` elements."""
 
     scale_ref: Any
     zero_ref: Any
     weight: Weight
-    t: Tiling
+    size: int
     scale_dtype: str
     rows: Any
     n: int
 
     @property
     def inside(self) -> bool:
-        """Scales multiply the elements: a step spans several groups."""
-        return 0 < self.weight.group < self.t.block_k
+        """Scales multiply the elements: a part spans several groups."""
+        return 0 < self.weight.group < self.size
 
     @property
     def on_sums(self) -> bool:
-        """Scales multiply the sums of a step."""
-        return self.weight.group >= self.t.block_k
+        """Scales multiply the sums of a part."""
+        return self.weight.group >= self.size
 
-    def read(self, at: Any, dtype: Any) -> tuple[Any, Any]:
-        """Scale and zero point of step `at`, broadcasting against the sums or the elements; None without."""
-        zero_dtype = None
-        if self.zero_ref is not None:
-            zero_dtype = jnp.float32 if self.zero_ref.dtype == jnp.float32 else dtype
-        if not self.inside:
-            block = at * self.t.block_k // self.weight.group if self.weight.group else 0
-            scale = (
-                upcast.scale_numbers(self._column(self.scale_ref, block), self.scale_dtype)
-                if self.weight.group
-                else None
-            )
-            zero = None if zero_dtype is None else self._column(self.zero_ref, block).astype(zero_dtype)
-            return scale, zero
-        scale = upcast.scale_numbers(self._spread(self.scale_ref, at), self.scale_dtype, dtype)
-        zero = None if zero_dtype is None else self._spread(self.zero_ref, at).astype(zero_dtype)
+    def read(self, at: Any) -> tuple[Any, Any]:
+        """Scales and zero points of part `at` as they are stored, broadcasting against sums or elements; None without."""
+        if self.inside:
+            return self._spread(self.scale_ref, at), None if self.zero_ref is None else self._spread(self.zero_ref, at)
+        block = at * self.size // self.weight.group if self.weight.group else 0
+        if self.on_sums:  # the last step may have parts beyond the end
+            block = jnp.minimum(block, self.scale_ref.shape[1] - 1)
+        scale = self._column(self.scale_ref, block) if self.weight.group else None
+        return scale, None if self.zero_ref is None else self._column(self.zero_ref, block)
+
+    def numbers(self, stored: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
+        """What `read` gave, as numbers."""
+        scale, zero = stored
+        if scale is not None:
+            scale = upcast.scale_numbers(scale, self.scale_dtype, *([dtype] if self.inside else []))
+        if zero is not None:
+            zero = zero.astype(jnp.float32 if zero.dtype == jnp.float32 else dtype)
         return scale, zero
 
     def last(self) -> jax.Array | float:
@@ -344,8 +368,8 @@ class _Scaler(NamedTuple):
         return load(ref, (self.rows, block) if self.weight.group else (self.rows,), ends)[:, None]
 
     def _spread(self, ref: Any, at: Any) -> jax.Array:
-        """`[block_n, block_k / lanes]`: that of each element of a lane."""
-        count, lanes = self.t.block_k // self.weight.group, self.weight.lanes
+        """`[block_n, size / lanes]`: that of each element of a lane."""
+        count, lanes = self.size // self.weight.group, self.weight.lanes
         where = pl.ds(at * count, count)
         per_block = load(ref, (self.rows, where), mask((self.rows, self.n), (where, ref.shape[1])))
         whole = (self.rows.size, count, self.weight.group // lanes)

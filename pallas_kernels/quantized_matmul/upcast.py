@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.quantized_matmul.elements import ELEMENTS, Element, plane_widths
 
-_MAGIC = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}  # bits, value
+MAGIC = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}  # bits, value
 
 
 def lanes(bits: int, word_bytes: int = 1) -> int:
@@ -54,7 +53,7 @@ def integers(codes: jax.Array, bits: int, zero: jax.Array | None, dtype: jnp.dty
         them; None for codes in two's complement.
       dtype: bfloat16 or float16.
     """
-    magic, value = _MAGIC[jnp.dtype(dtype).name]
+    magic, value = MAGIC[jnp.dtype(dtype).name]
     half = 2 ** (bits - 1)
     if zero is not None and zero.dtype == jnp.float32:
         return (codes.astype(jnp.float32) - zero).astype(dtype)
@@ -71,51 +70,6 @@ def _bytes_to_bfloat16(codes: jax.Array, zero: jax.Array | None) -> jax.Array:
     if zero is None:
         return codes.astype(jnp.int8).astype(jnp.bfloat16)
     return codes.astype(jnp.float32).astype(jnp.bfloat16) - zero
-
-
-def packed_asm(bits: int, lane: int, signed: bool, dtype: jnp.dtype) -> str:
-    """`integers` of lane `lane` of two 16-bit words in one register, as PTX: five instructions for two elements.
-
-    $0 is the two floats, $1 the two words, and without `signed` $2 the two offsets that are added: less the zero point
-    and less 128 (bfloat16) or 1024 (float16).
-    """
-    magic, value = _MAGIC[jnp.dtype(dtype).name]
-    twice = lambda u: f"0x{int(u) * 0x10001:08x}"
-    bits_of = lambda number: np.asarray(number, np.float32).astype(jnp.dtype(dtype)).view(np.uint16)
-    half, kind = 2 ** (bits - 1), {"bfloat16": "bf16x2", "float16": "f16x2"}[jnp.dtype(dtype).name]
-    lines = [
-        ".reg .b32 t, one, offset",
-        f"shr.b32 t, $1, {lane * bits}",
-        f"and.b32 t, t, {twice(2**bits - 1)}",
-        *([f"xor.b32 t, t, {twice(half)}"] if signed else []),
-        f"or.b32 t, t, {twice(magic)}",
-        f"mov.b32 one, {twice(bits_of(1.0))}",
-        f"mov.b32 offset, {twice(bits_of(-value - half)) if signed else '$2'}",
-        f"fma.rn.{kind} $0, t, one, offset",  # compute capability 8.0 has no sum of two bfloat16
-    ]
-    return "{ " + "; ".join(lines) + "; }"
-
-
-def packed_integers(words: jax.Array, bits: int, lane: int, zero: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """`integers(lane_codes(...))` by `packed_asm`: on a GPU only.
-
-    Args:
-      words: uint16, an even number along the last axis.
-      bits, lane: of a code (at most 7 bits for bfloat16), and its place in the word.
-      zero: as in `integers`, one of the codes, in `dtype`; or None.
-      dtype: bfloat16 or float16.
-    """
-    args = [words]
-    if zero is not None:
-        args.append(jnp.broadcast_to(jnp.asarray(-_MAGIC[jnp.dtype(dtype).name][1], dtype) - zero, words.shape))
-    [out] = plt.elementwise_inline_asm(
-        packed_asm(bits, lane, zero is None, dtype),
-        args=args,
-        constraints="=r" + ",r" * len(args),
-        pack=2,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, dtype)],
-    )
-    return out
 
 
 def small_floats(codes: jax.Array, e: Element, dtype: jnp.dtype) -> jax.Array:

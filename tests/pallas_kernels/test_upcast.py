@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.quantized_matmul import reference, upcast
+from pallas_kernels.quantized_matmul import packed, reference, upcast
 from pallas_kernels.quantized_matmul.elements import ELEMENTS, element, plane_widths, values
 from tests.pallas_kernels.attention_cases import LLOYD2, LLOYD4
 
@@ -85,8 +85,8 @@ def test_the_layout_is_that_of_the_quantized_weights(bits):
 # --- the inline PTX, instruction by instruction ---
 
 
-def run_ptx(text: str, operands: dict[str, np.ndarray]) -> np.ndarray:
-    """Runs the few instructions that `packed_asm` has, on arrays of 32-bit registers. Returns $0."""
+def run_ptx(text: str, operands: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Runs the few instructions that `packed` has, on arrays of 32-bit registers. Returns all of them."""
     registers = {name: np.asarray(value, np.uint32) for name, value in operands.items()}
     read = lambda name: np.uint32(int(name, 0)) if name[0].isdigit() else registers[name]
 
@@ -95,8 +95,24 @@ def run_ptx(text: str, operands: dict[str, np.ndarray]) -> np.ndarray:
         a, b, c = np.broadcast_arrays(a, b, c)
         return (halves(a) * halves(b) + halves(c)).astype(np.float32).astype(kind).view(np.uint32)
 
+    def prmt(a, b, selector):
+        a, b, selector = np.broadcast_arrays(a, b, selector)
+        eight = np.stack([(r >> np.uint32(8 * i)) & np.uint32(0xFF) for r in (a, b) for i in range(4)])
+        out = np.zeros(a.shape, np.uint32)
+        for i in range(4):
+            pick = (selector >> np.uint32(4 * i)) & np.uint32(0xF)
+            byte = np.take_along_axis(eight, (pick & 7)[None].astype(np.int64), 0)[0]
+            sign = np.where(byte & 0x80, np.uint32(0xFF), np.uint32(0))
+            out |= np.where(pick & 8, sign, byte).astype(np.uint32) << np.uint32(8 * i)
+        return out
+
+    def lop3(a, b, c, table):
+        bits = [((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) for i in np.arange(32, dtype=np.uint32)]
+        return sum(((np.uint32(table) >> n) & np.uint32(1)) << np.uint32(i) for i, n in enumerate(bits))
+
     steps = {
-        "shr.b32": lambda a, b: a >> b, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
+        "prmt.b32": prmt, "lop3.b32": lop3, "shl.b32": lambda a, b: a << b, "shr.b32": lambda a, b: a >> b,
+        "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
         "xor.b32": lambda a, b: a ^ b, "mov.b32": lambda a: a,
         "fma.rn.bf16x2": lambda *a: fma(ml_dtypes.bfloat16, *a), "fma.rn.f16x2": lambda *a: fma(np.float16, *a),
     }  # fmt: skip
@@ -105,7 +121,7 @@ def run_ptx(text: str, operands: dict[str, np.ndarray]) -> np.ndarray:
             op, rest = line.split(" ", 1)
             to, *sources = (name.strip() for name in rest.split(","))
             registers[to] = steps[op](*map(read, sources))
-    return registers["$0"]
+    return registers
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,14 +132,41 @@ def test_the_packed_upcast_is_the_plain_one_for_every_word(bits, dtype):
     both = jnp.asarray(pairs.view(np.uint16))
     for lane in range(16 // bits):
         codes = upcast.lane_codes((both,), bits, lane)
-        got = run_ptx(upcast.packed_asm(bits, lane, True, dtype), {"$1": pairs}).view(np.dtype(dtype))
+        got = run_ptx(packed.int_asm(bits, lane, True, dtype), {"$1": pairs})["$0"].view(np.dtype(dtype))
         np.testing.assert_array_equal(got, upcast.integers(codes, bits, None, dtype))
         for zero in (0, 1, 2**bits - 1):
             z = jnp.asarray(zero, jnp.float32).astype(dtype)
             offset = np.asarray(jnp.asarray(-{2: 128, 4: 1024}[2 if dtype == jnp.bfloat16 else 4], dtype) - z)
             twice = np.full(pairs.shape, int(offset.view(np.uint16)) * 0x10001, np.uint32)
-            got = run_ptx(upcast.packed_asm(bits, lane, False, dtype), {"$1": pairs, "$2": twice}).view(np.dtype(dtype))
+            got = run_ptx(packed.int_asm(bits, lane, False, dtype), {"$1": pairs, "$2": twice})["$0"].view(np.dtype(dtype))
             np.testing.assert_array_equal(got, upcast.integers(codes, bits, z, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_packed_small_floats_are_the_plain_ones_for_every_code(dtype):
+    e, words = ELEMENTS["fp4_e2m1"], np.arange(2**16, dtype=np.uint16)
+    pairs = np.stack([words, words[::-1]], -1).view(np.uint32)[:, 0]
+    for lane in range(4):
+        codes = upcast.lane_codes((jnp.asarray(pairs.view(np.uint16)),), 4, lane)
+        got = run_ptx(packed.float_asm(e, lane, dtype), {"$1": pairs})["$0"].view(np.dtype(dtype))
+        np.testing.assert_array_equal(got, upcast.small_floats(codes, e, dtype))
+    e, four = ELEMENTS["fp8_e4m3"], np.arange(256, dtype=np.uint8)
+    ran = run_ptx(packed.bytes_asm(e, dtype), {"$2": four.view(np.uint32)})
+    got = np.stack([ran["$0"], ran["$1"]], -1).reshape(-1).view(np.dtype(dtype))
+    np.testing.assert_array_equal(got, upcast.small_floats(jnp.asarray(four, jnp.uint16), e, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entries", [ELEMENTS["nf4"].table, LLOYD4.table])
+def test_the_packed_table_is_the_plain_one_for_every_word(entries, dtype):
+    words = np.arange(2**16, dtype=np.uint16)
+    pairs = np.stack([words, words[::-1]], -1).view(np.uint32)[:, 0]
+    for half in range(2):
+        ran = run_ptx(packed.table_asm(entries, half, dtype), {"$2": pairs})
+        got = np.stack([ran["$0"], ran["$1"]], -1).reshape(-1).view(np.dtype(dtype)).reshape(-1, 2)
+        for lane in range(2):
+            codes = upcast.lane_codes((jnp.asarray(pairs.view(np.uint16)),), 4, 2 * half + lane)
+            np.testing.assert_array_equal(got[:, lane], upcast.table(codes, entries, dtype))
 
 
 def test_a_large_symmetric_table_is_a_polynomial_of_the_code():
