@@ -34,6 +34,7 @@ from pallas_kernels.decode_attention import tilings as attention_tilings
 from pallas_kernels.gpus import gpu
 from pallas_kernels.low_precision_matmul import low_precision_matmul
 from pallas_kernels.quantized_matmul import quantized_matmul, tilings, xla
+from pallas_kernels.quantized_matmul.decode import decode
 from pallas_kernels.quantized_matmul.elements import element
 
 
@@ -66,12 +67,22 @@ def weights(args: argparse.Namespace) -> Iterator[Case]:
             Option(f"{tuple(t)} {'packed' * packed}", partial(_weight_only, f, t, packed))
             for t, packed in weight_tilings(f, m, n, k, args)
         ]
+        if m > 64:
+            options += [Option(f"decoded {tuple(t)}", partial(_written, f, t)) for t in DECODE]
         options.append(Option("XLA decoded", partial(_decoded, f)))
         yield Case(f"{name} {m}x{n}x{k}", options, x, copies, want, products.roofline(f, m, n, k, g))
 
 
 def _weight_only(f: products.Format, t: tilings.Tiling, packed: bool, x: jax.Array, w: Any) -> jax.Array:
     return quantized_matmul(x, *w, element=f.element, group_size=f.group, tiling=t, packed=packed)
+
+
+DECODE = [tilings.Tiling(0, n, k, 1, w, 1) for n in (16, 32, 64) for k in (128, 256, 512) for w in (4, 8)]
+
+
+def _written(f: products.Format, t: tilings.Tiling, x: jax.Array, w: Any) -> jax.Array:
+    decoded = decode(*w, element=f.element, group_size=f.group, k=x.shape[1], dtype=x.dtype, tiling=t)
+    return jax.lax.dot_general(x, decoded, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _decoded(f: products.Format, x: jax.Array, w: Any) -> jax.Array:
@@ -83,18 +94,18 @@ def weight_tilings(f: products.Format, m: int, n: int, k: int, args: argparse.Na
     few = m <= 64
     sizes = itertools.product(
         (rows,) if few else (64, 128, 256),
-        (32, 64, 128) if few else (64, 128, 256),
+        (32, 64, 128, 256) if few else (64, 128, 256),
         (64, 128, 256, 512) if few else (32, 64, 128),
-        (1, 2, 4, 8) if few else (1,),
+        (1, 2, 4, 8, 16) if few else (1,),
         (2, 4, 8),
-        (2, 3, 4, 6) if few else (2, 3, 4),
+        (2, 3, 4, 5) if few else (2, 3, 4),
     )
     bits = element(f.element).bits
     out = []
     for t in itertools.starmap(tilings.Tiling, sizes):
         p = tilings.Problem(1, m, n, k, bits, 1, f.group or k)
         per_thread = t.block_m * t.block_n / (32 * t.warps)
-        if tilings.shared_bytes(p, t) * t.stages > gpu(args.device).shared_per_block or per_thread > 128:
+        if tilings.shared_bytes(p, t) * t.stages > gpu(args.device).shared_per_block or per_thread > (64 if few else 128):
             continue
         if few and (t.warps > 2 * max(1, t.block_n // 16) or t.block_n // t.warps > 32):
             continue
@@ -102,7 +113,7 @@ def weight_tilings(f: products.Format, m: int, n: int, k: int, args: argparse.Na
             continue
         if math.ceil(k / t.block_k) < 4 * t.split_k:
             continue
-        out += [(t, packed) for packed in ((True, False) if bits in (2, 4) and f.element.startswith("int") else (False,))]
+        out += [(t, packed) for packed in (True,)]
     return out
 
 
@@ -197,8 +208,10 @@ def error_of(got: jax.Array, want: jax.Array) -> float:
 def measure(case: Case, args: argparse.Namespace, pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
     """Every option: name, error, and microseconds of the kernel and of all kernels of its program, the median."""
     options = case.options
-    if len(options) > args.limit:
-        options = chance.Random(0).sample(options[:-2], args.limit) + options[-2:]
+    if sum(o.name.startswith("(") for o in options) > args.limit:
+        kept = [o for o in options if not o.name.startswith("(")]
+        tried = [o for o in options if o.name.startswith("(")]
+        options = chance.Random(0).sample(tried, args.limit) + kept
     rows = []
     for option, program in programs(options, case.fixed, case.moving[0], pool):
         if isinstance(program, Exception):

@@ -29,17 +29,18 @@ def indices(where: Any) -> jax.Array:
     return where.start + jnp.arange(where.size)
 
 
-def mask(rows: tuple[Any, int], columns: tuple[Any, int]) -> jax.Array | None:
+def mask(rows: tuple[Any, int], columns: tuple[Any, int], together: int = 1) -> jax.Array | None:
     """True where a block lies in the array; None where no block reaches over the end.
 
     Args:
       rows, columns: the slice of each axis, and the size of the array along it.
+      together: blocks of columns that are read in one step, so that some may lie behind the end.
     """
     (r, last_r), (c, last_c) = rows, columns
     masks = []
     if last_r % r.size:
         masks.append(jnp.broadcast_to((indices(r) < last_r)[:, None], (r.size, c.size)))
-    if last_c % c.size:
+    if last_c % (c.size * together):
         masks.append(jnp.broadcast_to((indices(c) < last_c)[None, :], (r.size, c.size)))
     return None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
 

@@ -1,8 +1,9 @@
-"""How attention over a cache is cut: a model of occupancy, bytes and waves, and a table that a tuner may fill."""
+"""How attention over a cache is cut: what was the fastest on a GPU, else a model of occupancy, bytes and waves."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pallas_kernels import tuned
 from pallas_kernels.gpus import Gpu
 
 
@@ -43,21 +44,32 @@ class Problem(NamedTuple):
     doubled: bool = False
 
 
-# Filled by a tuner on a GPU: (device, rows, dim, bytes of a token, largest block, B * K, least power of two >= length).
-TUNED: dict[tuple[str, int, int, int, int, int, int], Tiling] = {}
-
-
 # Of a warp, for each channel of a token: about what the kernels have been compiled to (50 for 128 channels).
 INSTRUCTIONS = 0.4
 
 
 def choose(p: Problem, device: str, gpu: Gpu) -> Tiling:
-    """The tiling of a problem: the table's, else that which the model below finds fastest."""
-    key = (device, p.rows, p.dim, round(p.token_bytes), p.largest, p.batch * p.kv_heads, _power(p.length))
-    if key in TUNED:
-        return TUNED[key]
+    """The tiling of a problem: that of the nearest one that was tuned on the device, else the model's below."""
+    sizes = {"bytes": round(p.token_bytes * 128 / p.dim), "dim": p.dim, "doubled": int(p.doubled)}
+    found = tuned.nearest(device, "decode_attention", sizes)
+    adapted = None if found is None else adapt(p, found, gpu)
+    if adapted is not None:
+        return adapted
     options = [t for t in _candidates(p) if shared_bytes(p, t) <= gpu.shared_per_block]
     return min(options, key=lambda t: (seconds(p, t, gpu), t.splits, -t.block))
+
+
+def adapt(p: Problem, row: dict[str, Any], gpu: Gpu) -> Tiling | None:
+    """The tiling of a row of `tuned.table` for a problem near it: as many programs; None if its blocks do not fit."""
+    t = Tiling(*row["tiling"])
+    per_warp = t.block // t.warps
+    block = min(t.block, p.largest, max(16, _power(p.length)))
+    sequences, blocks = p.batch * p.kv_heads, math.ceil(p.length / block)
+    splits = [s for n in range(11) for s in (1 << n, 3 << n) if s == 1 or blocks >= 4 * s]
+    wanted = row["sequences"] * t.splits
+    split = min(splits, key=lambda s: abs(math.log2(sequences * s / wanted)))
+    t = t._replace(block=block, splits=split, warps=max(1, block // per_warp))
+    return t if shared_bytes(p, t) <= gpu.shared_per_block else None
 
 
 def _power(n: int) -> int:

@@ -126,7 +126,7 @@ def view_of(coded: Coded, layout: Layout, dim: int, least: int = LEAST) -> View:
 
 def _lanes(e: Element, channels: int, least: int) -> int:
     """Codes of a word of 2 bytes where that leaves enough words, else of one of 1."""
-    if e.bits in (2, 4) and channels % upcast.lanes(e.bits, 2) == 0 and channels // upcast.lanes(e.bits, 2) >= least:
+    if e.bits in (2, 4, 8) and channels % upcast.lanes(e.bits, 2) == 0 and channels // upcast.lanes(e.bits, 2) >= least:
         return upcast.lanes(e.bits, 2)
     return upcast.lanes(e.bits)
 
@@ -273,9 +273,10 @@ def _kernel(
     part_of_q = lambda lane, chunk: q_ref[row, head, np.int32(lane), mine, pl.ds(chunk * k_view.width, k_view.width)]
     q = [[_two(part_of_q(lane, chunk)) for chunk in range(k_view.chunks)] for lane in range(k_view.lanes)]
 
-    def step(i: Any, carry: Any) -> Any:
+    def step(i: Any, carry: Any, whole: bool = False) -> Any:
+        """One block of slots; of a `whole` one, all are read and every query sees them."""
         (top, total, acc), (k_small, v_small) = carry
-        block = where(begin + i)
+        block = where(begin + i)._replace(whole=whole)
         after = where(begin + i + 1)
         following = (k_read.small(after), v_read.small(after))
         scores = _scores(q, k_read, block, k_small)
@@ -283,12 +284,12 @@ def _kernel(
             scores = scores + shift_ref[row, head, mine][:, None]
         if rules.soft_cap is not None:
             scores = np.float32(rules.soft_cap) * _tanh(scores * np.float32(1 / rules.soft_cap))
-        slots = block.slots()
-        position = slots
-        if rules.ring:
-            position = written - 1 - lax.rem(written - 1 - slots, np.int32(k_read.words[0].shape[2]))
-        seen = _sees(position, block.inside(), at, end, rules)
-        scores = jnp.where(seen, scores, -jnp.inf)
+        if not whole:
+            position = slots = block.slots()
+            if rules.ring:
+                position = written - 1 - lax.rem(written - 1 - slots, np.int32(k_read.words[0].shape[2]))
+            seen = _sees(position, block.inside(), at, end, rules)
+            scores = jnp.where(seen, scores, -jnp.inf)
         new = jnp.maximum(top, jnp.max(scores, axis=1))
         base = jnp.where(new == -jnp.inf, jnp.zeros_like(new), new)
         weights, kept = jnp.exp(scores - base[:, None]), jnp.exp(top - base)
@@ -299,7 +300,12 @@ def _kernel(
     acc = tuple(jnp.zeros((2 * ROWS, v_view.width), jnp.float32) for _ in range(v_view.lanes * v_view.chunks))
     start = where(begin)
     carry = ((empty - jnp.inf, empty, acc), (k_read.small(start), v_read.small(start)))
-    (top, total, acc), _ = lax.fori_loop(0, count, step, carry)
+    done = jnp.int32(0)
+    if not rules.ring and rules.window is None and rules.first == 0:
+        every = jnp.minimum(high, jnp.min(jnp.where(at < 0, np.int32(2**31 - 1), at)) + 1)
+        done = jnp.clip(every // t.block - begin, 0, count)
+        carry = lax.fori_loop(0, done, partial(step, whole=True), carry)
+    (top, total, acc), _ = lax.fori_loop(done, count, step, carry)
     inside = mine.start + jnp.arange(ROWS) < rows if rows % ROWS else None
     plt.store(top_ref.at[row, head, split, mine], top, mask=inside)
     plt.store(total_ref.at[row, head, split, mine], total, mask=inside)
@@ -395,7 +401,7 @@ def _outputs(
 
 
 class _Block(NamedTuple):
-    """`size` slots from `index * size` on, of one sequence and head; those from `low` to `high` are read."""
+    """`size` slots from `index * size` on, of one sequence and head; those from `low` to `high` are read, or `whole`."""
 
     index: Any
     size: int
@@ -405,6 +411,7 @@ class _Block(NamedTuple):
     head: Any
     table_ref: Any
     page_size: int
+    whole: bool = False
 
     def slots(self) -> jax.Array:
         return self.index * self.size + jnp.arange(self.size, dtype=jnp.int32)
@@ -436,13 +443,14 @@ class _Reader(NamedTuple):
         view = self.view
         row, start = block.place()
         first = chunk * view.chunk_words
-        inside = block.inside()[:, None]
         limit = min(view.words, first + view.chunk_words)
-        if first + view.width > limit:
-            inside = inside & (first + jnp.arange(view.width) < limit)[None, :]
-        inside = jnp.broadcast_to(inside, (block.size, view.width))
+        columns = first + jnp.arange(view.width) < limit if first + view.width > limit else None
+        inside = _mask(None if block.whole else block.inside(), columns)
+        if inside is not None:
+            inside = jnp.broadcast_to(inside, (block.size, view.width))
         at = (row, block.head, pl.ds(start, block.size), _columns(first, view.width, view.words))
-        return tuple(plt.load(r.at[at], mask=inside, other=np.zeros((), r.dtype)) for r in self.words)
+        other = lambda r: None if inside is None else np.zeros((), r.dtype)
+        return tuple(plt.load(r.at[at], mask=inside, other=other(r)) for r in self.words)
 
     def small(self, block: _Block) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         """Scales and zero points of a block, as stored: of each chunk, or of each lane."""

@@ -45,10 +45,11 @@ def can(words: tuple[jax.Array, ...], e: Element, zeros: Sequence[jax.Array | No
         return False
     pairs = words[0].dtype == jnp.uint16 and words[0].shape[-1] % 2 == 0
     if e.kind == "int":
-        return pairs and e.bits in (2, 4)
+        signed = all(zero is None for zero in zeros)
+        return pairs and (e.bits in (2, 4) or (e.bits == 8 and (signed or jnp.dtype(dtype).name == "float16")))
     if e.kind == "float":  # the infinities of e5m2 are none of a bfloat16 multiplied
         whole = words[0].dtype == jnp.uint8 and words[0].shape[-1] % 4 == 0
-        return (pairs and e.bits == 4) or (whole and e.bits == 8 and e.mantissa == 3)
+        return (pairs and e.bits == 4) or ((pairs or whole) and e.bits == 8 and e.mantissa == 3)
     return pairs and len(e.table) == 16
 
 
@@ -105,6 +106,19 @@ def int_asm(bits: int, lane: int, signed: bool, dtype: jnp.dtype) -> str:
     """
     magic, value = MAGIC[jnp.dtype(dtype).name]
     half = 2 ** (bits - 1)
+    if 2**bits > value:  # a byte does not fit beside the bits of 128: less 128 or 256, as its sign is
+        return _text(
+            "t, u, minus",
+            [
+                f"shr.b32 t, $1, {lane * bits}",
+                f"and.b32 u, t, {_twice(half)}",
+                f"or.b32 u, u, {_twice(magic)}",
+                f"and.b32 t, t, {_twice(half - 1)}",
+                f"or.b32 t, t, {_twice(magic)}",
+                f"mov.b32 minus, {_twice(_bits(-1.0, dtype))}",
+                f"fma.rn.{_KIND[jnp.dtype(dtype).name]} $0, u, minus, t",
+            ],
+        )
     return _text(
         "t, one, offset",
         [

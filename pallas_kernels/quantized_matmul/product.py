@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels.quantized_matmul import triton, xla
+from pallas_kernels.quantized_matmul import decode, triton, xla
 from pallas_kernels.quantized_matmul.elements import element, plane_widths
-from pallas_kernels.quantized_matmul.tilings import Tiling
+from pallas_kernels.quantized_matmul.tilings import FEW, Tiling
 
 IMPLEMENTATIONS = ("triton", "xla")
 
@@ -48,10 +48,13 @@ def quantized_matmul(
     implementation: str = "triton",
     device: str = "h100",
     tiling: Tiling | None = None,
-    packed: bool = False,
+    packed: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
     """`out[..., n] = sum_k x[..., k] (value(code[n, k]) - zero_point[n, k // group]) scale[n, k // group]`.
+
+    More than `FEW` rows of 16-bit activations are multiplied by XLA with the weight that a kernel has written out: 2 bytes
+    an element, for the time of the product. With a `tiling` the kernel that reads codes takes any number of rows.
 
     Under `vmap` over weights (experts) the kernel gets one more axis of its grid; over activations alone, more rows.
     The derivative, with respect to x, the scales and float zero points, is XLA's of the dequantized product.
@@ -68,8 +71,8 @@ def quantized_matmul(
       implementation: "triton", or "xla".
       device: the GPU whose tilings are used, "h100", "a100" or "b200"; the result does not depend on it.
       tiling: to choose it oneself.
-      packed: upcast 2- and 4-bit integers two at a time by inline PTX, which no simulator runs: unproven until a GPU
-        has run it.
+      packed: upcast elements two and four at a time by inline PTX (`packed`), where there is one for them. No interpreter
+        runs it: there, and with False, one at a time.
       interpret: run the kernel in Pallas' interpreter: on any machine, slowly.
 
     Returns:
@@ -147,6 +150,9 @@ def _flat(options: Options, batch: int, x: jax.Array, w: Arrays) -> jax.Array:
     if static.pop("implementation") == "xla":
         kept = {name: static[name] for name in ("element", "group_size", "out_dtype")}
         out = xla.quantized_matmul(flat, planes, scale, zero_point, **kept)
+    elif options.tiling is None and flat.dtype.itemsize == 2 and flat.shape[-2] > FEW:
+        del static["tiling"], static["packed"]
+        out = decode.quantized_matmul(flat, planes, scale, zero_point, **static)
     else:
         out = triton.quantized_matmul(flat, planes, scale, zero_point, **static)
     return out.reshape(*lead, *rows, out.shape[-1])

@@ -1,12 +1,13 @@
-"""How a product is cut into blocks: a model of occupancy, bytes and waves, and a table that a tuner may fill.
+"""How a product is cut into blocks: what was the fastest on a GPU, else a model of occupancy, bytes and waves.
 
 The program of a kernel is one block of `block_n` rows of the weight by `block_m` rows of the activations, and one of
 `split_k` parts of the contracted axis. `block_k` codes of a row are read at a time.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pallas_kernels import tuned
 from pallas_kernels.gpus import Gpu
 
 
@@ -19,6 +20,8 @@ class Tiling(NamedTuple):
       block_k: codes of a row that are read at a time.
       split_k: parts of the contracted axis that are summed apart, and added afterwards.
       warps, stages: warps of a program; loads under way at once.
+      inside: scales of groups multiply the elements, which rounds these to the dtype of the activations, also where
+        they could multiply the sums of a group: less work where rows are many.
     """
 
     block_m: int
@@ -27,6 +30,7 @@ class Tiling(NamedTuple):
     split_k: int = 1
     warps: int = 4
     stages: int = 4
+    inside: bool = False
 
 
 class Problem(NamedTuple):
@@ -49,20 +53,41 @@ class Problem(NamedTuple):
     group: int
 
 
-# Filled by a tuner on a GPU: (device, bits, group or 0 for a row, least power of two >= m, n, k) -> Tiling.
-TUNED: dict[tuple[str, int, int, int, int, int], Tiling] = {}
-
 MIN_LANE_K = 16  # elements that a tensor core contracts at once
 
 
+FEW = 128  # rows of activations; for more, the weight is written out once and multiplied by a library
+
+
 def choose(p: Problem, device: str, gpu: Gpu) -> Tiling:
-    """The tiling of a problem: the table's, else that which the model below finds fastest."""
-    group = 0 if p.group >= p.k else p.group
-    tuned = TUNED.get((device, p.bits, group, _power(p.m), p.n, p.k))
-    if tuned is not None:
-        return tuned
+    """The tiling of a problem: that of the nearest one that was tuned on the device, else the model's below."""
+    found = tuned.nearest(device, "quantized_matmul", _sizes(p)) if p.m <= FEW else None
+    adapted = None if found is None else adapt(p, found, gpu)
+    if adapted is not None:
+        return adapted
     options = [t for t in _candidates(p, gpu) if shared_bytes(p, t) * t.stages <= gpu.shared_per_block]
     return min(options, key=lambda t: (seconds(p, t, gpu), t.split_k, t.block_m * t.block_n))
+
+
+def _sizes(p: Problem) -> dict[str, int]:
+    return {"bits": p.bits, "group": 0 if p.group >= p.k else p.group, "rows": p.m, "n": p.n, "k": p.k}
+
+
+def adapt(p: Problem, row: dict[str, Any], gpu: Gpu) -> Tiling | None:
+    """The tiling of a row of `tuned.table` for a problem near it: as many programs, blocks that fit; None if none do."""
+    t = Tiling(*row["tiling"])
+    block_m, block_k = max(16, _power(p.m)), block_k_of(p, t.block_k)
+    if p.group < p.k and t.block_k % p.group == 0 and p.group & -p.group == p.group and t.block_k >= MIN_LANE_K * p.lanes:
+        block_k = t.block_k  # several groups of a step
+    wanted = math.ceil(row["n"] / t.block_n) * t.split_k
+    blocks, steps = p.batch * math.ceil(p.n / t.block_n), math.ceil(p.k / block_k)
+    splits = [s for s in (1, 2, 4, 8, 16) if s == 1 or steps >= 4 * s]
+    split = min(splits, key=lambda s: abs(math.log2(blocks * s / wanted)))
+    t = t._replace(block_m=block_m, block_k=block_k, split_k=split)
+    while t.stages > 2 and shared_bytes(p, t) * t.stages > gpu.shared_per_block:
+        t = t._replace(stages=t.stages - 1)
+    fits = shared_bytes(p, t) * t.stages <= gpu.shared_per_block and t.block_m * t.block_n <= 64 * 32 * t.warps
+    return t if fits else None
 
 
 def _power(n: int) -> int:

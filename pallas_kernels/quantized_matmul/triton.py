@@ -62,7 +62,7 @@ class Weight(NamedTuple):
 def word_bytes(name: str, group: int, k: int, block_k: int | None, dtype: Any) -> int:
     """Words of 2 bytes are loaded 16 bytes at a time and upcast two by two; 1 where groups or blocks are too small."""
     bits, least = element(name).bits, MIN_LANE_K * upcast.lanes(element(name).bits, 2)
-    if bits not in (2, 4) or k * bits % 16 or (block_k is not None and block_k < least):
+    if bits not in (2, 4, 8) or k * bits % 16 or (block_k is not None and block_k < least):
         return 1
     part = group & -group
     # In float32 a step must lie within a group.
@@ -109,7 +109,7 @@ def quantized_matmul(
     out_dtype: Any = None,
     device: str = "h100",
     tiling: Tiling | None = None,
-    packed: bool = False,
+    packed: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
     """`x` times the transposed weight, as `reference.quantized_matmul` says.
@@ -123,8 +123,7 @@ def quantized_matmul(
       out_dtype: of the result; that of x by default.
       device: the GPU that tilings are chosen for; the program runs on any.
       tiling: to choose it oneself.
-      packed: upcast 2- and 4-bit integers two at a time, by `upcast.packed_asm`, where that can be. No interpreter runs
-        it: what is tested is the text of its PTX, instruction by instruction.
+      packed: upcast elements two and four at a time (see `packed`), where that can be and no interpreter runs.
       interpret: run on the CPU, slowly, to see that the numbers are right; without `packed`.
 
     Returns:
@@ -261,22 +260,22 @@ def _kernel(
     part = pl.cdiv(steps, t.split_k)
     first = pl.program_id(1) * part
     count = part if steps % part == 0 and steps // part == t.split_k else jnp.minimum(part, steps - first)
-    scaler = _Scaler(scale_ref, zero_ref, weight, t.block_k // parts, scale_dtype, rows_n, n)
+    scaler = Scaler(scale_ref, zero_ref, weight, t.block_k // parts, scale_dtype, rows_n, n, t.inside)
 
-    def one(at: Any, stored: tuple[Any, Any]) -> jax.Array:
+    def one(acc: jax.Array, at: Any, stored: tuple[Any, Any]) -> jax.Array:
         columns = pl.ds(at * width, width)
-        code_mask, x_mask = mask((rows_n, n), (columns, words)), mask((rows_m, m), (columns, words))
+        code_mask, x_mask = (mask(r, (columns, words), parts) for r in ((rows_n, n), (rows_m, m)))
         loaded = tuple(load(r, (rows_n, columns), code_mask) for r in word_refs)
         scale, zero = scaler.numbers(stored, dtype)
-        total = None
-        for lane, w in enumerate(_values(loaded, zero, weight, dtype, rest, packed)):
+        sums = None if scaler.on_sums else acc  # what a tensor core adds to
+        for lane, w in enumerate(elements(loaded, zero, weight, dtype, rest, packed)):
             x = load(x_ref, (pl.ds(rows_m.start + lane * m, t.block_m), columns), x_mask)
             if scaler.inside:
                 w = upcast.times(w, scale, dtype)
             product = compat.dot(w, x.T)
-            total = product if total is None else total + product
-        assert total is not None
-        return total * scale if scaler.on_sums else total
+            sums = product if sums is None else sums + product
+        assert sums is not None
+        return acc + sums * scale if scaler.on_sums else sums
 
     def read(at: Any) -> tuple[tuple[Any, Any], ...]:
         return tuple(scaler.read(at * parts + p) for p in range(parts))
@@ -285,19 +284,19 @@ def _kernel(
         acc, early = carry
         at = first + i
         # Triton hides the latency of what a tensor core multiplies, not of these: they are read a step before.
-        now, later = (early, read(jnp.minimum(at + 1, steps - 1))) if scaler.on_sums else (read(at), ())
+        now, later = (early, read(jnp.minimum(at + 1, steps - 1))) if scaler.early else (read(at), ())
         for p in range(parts):
-            acc = acc + one(at * parts + p, now[p])
+            acc = one(acc, at * parts + p, now[p])
         return acc, later
 
     start = jnp.zeros((t.block_n, t.block_m), jnp.float32)
-    acc, _ = lax.fori_loop(0, count, step, (start, read(first) if scaler.on_sums else ()))
+    acc, _ = lax.fori_loop(0, count, step, (start, read(first) if scaler.early else ()))
     acc = acc * scaler.last()
     where = (pl.program_id(1), rows_m, rows_n)
     plt.store(out_ref.at[where], acc.T.astype(out_ref.dtype), mask=mask((rows_m, m), (rows_n, n)))
 
 
-def _values(
+def elements(
     words: tuple[jax.Array, ...], zero: Any, w: Weight, dtype: Any, rest: bool, packed: bool
 ) -> Sequence[jax.Array]:
     """The elements of every lane, without their scale; of floats up to `upcast.small_float_unit`."""
@@ -315,8 +314,8 @@ def _values(
     return [upcast.table(c, e.table, dtype) for c in codes]
 
 
-class _Scaler(NamedTuple):
-    """Reads scales and zero points for parts of `size` elements."""
+class Scaler(NamedTuple):
+    """Reads scales and zero points for parts of `size` elements; they multiply the `elements`, or the sums of a part."""
 
     scale_ref: Any
     zero_ref: Any
@@ -325,23 +324,34 @@ class _Scaler(NamedTuple):
     scale_dtype: str
     rows: Any
     n: int
+    elements: bool = False
+
+    @property
+    def spread(self) -> bool:
+        """A part has several groups: their scales are spread over its elements."""
+        return 0 < self.weight.group < self.size
 
     @property
     def inside(self) -> bool:
-        """Scales multiply the elements: a part spans several groups."""
-        return 0 < self.weight.group < self.size
+        """Scales multiply the elements."""
+        return self.spread or (self.elements and self.weight.group > 0)
 
     @property
     def on_sums(self) -> bool:
         """Scales multiply the sums of a part."""
+        return self.weight.group > 0 and not self.inside
+
+    @property
+    def early(self) -> bool:
+        """A part lies in a group: a scale for each row."""
         return self.weight.group >= self.size
 
     def read(self, at: Any) -> tuple[Any, Any]:
         """Scales and zero points of part `at` as they are stored, broadcasting against sums or elements; None without."""
-        if self.inside:
+        if self.spread:
             return self._spread(self.scale_ref, at), None if self.zero_ref is None else self._spread(self.zero_ref, at)
         block = at * self.size // self.weight.group if self.weight.group else 0
-        if self.on_sums:  # the last step may have parts beyond the end
+        if self.early:  # the last step may have parts beyond the end
             block = jnp.minimum(block, self.scale_ref.shape[1] - 1)
         scale = self._column(self.scale_ref, block) if self.weight.group else None
         return scale, None if self.zero_ref is None else self._column(self.zero_ref, block)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from pallas_kernels import tuned
 from pallas_kernels.decode_attention import tilings as decode_attention
 from pallas_kernels.gpus import GPUS
 from pallas_kernels.low_precision_matmul import tilings as low_precision
@@ -39,11 +40,34 @@ def test_decoding_gives_all_cores_work():
             assert tilings.programs(p, tilings.choose(p, "h100", g)) >= g.cores / 2, s
 
 
-def test_a_tuned_tiling_is_taken(monkeypatch):
-    p, t = Problem(1, 5, 4096, 4096, 4, 4, 128), tilings.Tiling(16, 128, 256, 2)
-    monkeypatch.setitem(tilings.TUNED, ("h100", 4, 128, 8, 4096, 4096), t)
-    assert tilings.choose(p, "h100", GPUS["h100"]) == t
-    assert tilings.choose(p, "a100", GPUS["a100"]) != t
+def test_a_tuned_tiling_is_taken_and_adapted(monkeypatch):
+    """The nearest row; for other sizes as many programs. Other devices have rows of their own, or the model."""
+    t = tilings.Tiling(16, 64, 256, 4, 4, 3)
+    rows = [
+        {"bits": 4, "group": 128, "rows": 16, "n": 8192, "k": 8192, "tiling": list(t)},
+        {"bits": 4, "group": 0, "rows": 16, "n": 8192, "k": 8192, "tiling": [16, 32, 256, 1, 2, 3]},
+        {"bits": 4, "group": 128, "rows": 64, "n": 8192, "k": 8192, "tiling": [64, 128, 128, 2, 8, 3]},
+    ]
+    monkeypatch.setattr(tuned, "table", lambda: {"h100": {"quantized_matmul": rows}})
+    choose = lambda device, *sizes: tilings.choose(Problem(*sizes), device, GPUS[device])
+    assert choose("h100", 1, 16, 8192, 8192, 4, 4, 128) == t
+    assert choose("h200", 1, 12, 8192, 8192, 4, 4, 128) == t
+    assert choose("h100", 1, 16, 4096, 14336, 4, 4, 128) == t._replace(split_k=8)
+    assert choose("h100", 1, 16, 8192, 8192, 4, 4, 8192).block_n == 32
+    assert choose("h100", 1, 50, 8192, 8192, 4, 4, 128).block_n == 128
+    assert choose("h100", 1, 16, 8192, 8192, 4, 2, 32).block_k == 256
+    assert choose("a100", 1, 16, 8192, 8192, 4, 4, 128) != t
+
+
+def test_a_tuned_tiling_of_attention_is_taken_and_adapted(monkeypatch):
+    row = {"bytes": 272, "dim": 128, "doubled": 0, "sequences": 128, "length": 32768, "tiling": [64, 3, 4, 4]}
+    monkeypatch.setattr(tuned, "table", lambda: {"h100": {"decode_attention": [row]}})
+    problem = decode_attention.Problem(16, 8, 4, 32768, 128, 260, 1 << 20)
+    choose = lambda p: decode_attention.choose(p, "h100", GPUS["h100"])
+    assert choose(problem) == (64, 3, 4, 4)
+    assert choose(problem._replace(batch=1)) == (64, 48, 4, 4)
+    assert choose(problem._replace(largest=16)) == (16, 3, 1, 4)
+    assert choose(problem._replace(length=20)).block == 32
 
 
 @pytest.mark.parametrize("device", GPUS)

@@ -125,7 +125,7 @@ def run_ptx(text: str, operands: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_packed_upcast_is_the_plain_one_for_every_word(bits, dtype):
     words = np.arange(2**16, dtype=np.uint16)
     pairs = np.stack([words, words[::-1]], -1).view(np.uint32)[:, 0]
@@ -134,7 +134,7 @@ def test_the_packed_upcast_is_the_plain_one_for_every_word(bits, dtype):
         codes = upcast.lane_codes((both,), bits, lane)
         got = run_ptx(packed.int_asm(bits, lane, True, dtype), {"$1": pairs})["$0"].view(np.dtype(dtype))
         np.testing.assert_array_equal(got, upcast.integers(codes, bits, None, dtype))
-        for zero in (0, 1, 2**bits - 1):
+        for zero in (0, 1, 2**bits - 1) if bits < 8 or dtype == jnp.float16 else ():
             z = jnp.asarray(zero, jnp.float32).astype(dtype)
             offset = np.asarray(jnp.asarray(-{2: 128, 4: 1024}[2 if dtype == jnp.bfloat16 else 4], dtype) - z)
             twice = np.full(pairs.shape, int(offset.view(np.uint16)) * 0x10001, np.uint32)
