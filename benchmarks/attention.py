@@ -4,8 +4,9 @@
 
 The shape is Llama-3.1-8B's by default: 32 query heads, 8 kv heads, head_dim 128, one token for each sequence.
 
-On a GPU: the error against the plain path, microseconds of `kv_cache.attend` and of XLA's attention over bfloat16 keys
-and values in the same run, the ratio, and the share of the data sheet's bandwidth at which the cache is read.
+On a GPU: the error against the plain path, microseconds of all kernels of `kv_cache.attend` on the GPU (CUPTI; launches
+and gaps are not in it) and of XLA's attention over bfloat16 keys and values by the same clock in the same run, the ratio,
+and the rate at which the cache is read over that of a large copy, measured first.
 
 Elsewhere: what the compiler says, for `--device`: registers, spills, shared memory, occupancy, programs, instructions of
 a step of the loop for each token, bytes that are read over those of the cache. No speed is claimed there.
@@ -13,11 +14,13 @@ a step of the loop for each token, bytes that are read over those of the cache. 
 
 import argparse
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clock import best
+from clock import ceilings, compiled, on_gpu
+from kernels import run_or_raise
 
 from jquant import kv_cache
 from jquant.kv_cache import attention, kernel
@@ -76,32 +79,30 @@ def random(cache: kv_cache.KVCache, key: jax.Array) -> kv_cache.KVCache:
     return tree.unflatten([one(a, k) for a, k in zip(leaves, jax.random.split(key, len(leaves)))])
 
 
-def seconds(fn, q: jax.Array, *rest) -> float:
-    """Of one call, each after the other: eight in a program, whose queries are the result of the one before."""
-
-    def several(q, *rest):
-        for _ in range(8):
-            q = q + fn(q, *rest).reshape(q.shape) * jnp.asarray(1e-3, q.dtype)
-        return q
-
-    return best(several, q, *rest) / 8
-
-
-def timed(name: str, args: argparse.Namespace, xla: list[float]) -> str:
-    cache = random(shapes(name, args), jax.random.key(0))
+def timed(args: argparse.Namespace) -> None:
+    """Prints the lines."""
+    copy, _ = ceilings()
     q = jax.random.normal(jax.random.key(1), (args.batch, 1, args.heads, args.head_dim), jnp.bfloat16)
-    got, want = (
-        jax.jit(lambda q, c, f=f: run(f, q, c))(q, cache) for f in (kernel.codes_attention, attention.codes_attention)
-    )
-    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-    error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
-    mine = seconds(lambda q, c: run(kernel.codes_attention, q, c), q, cache)
-    if not xla:
-        shape = (args.batch, args.length, args.kv_heads, args.head_dim)
-        k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in (2, 3))
-        xla.append(seconds(lambda q, k, v: jax.nn.dot_product_attention(q, k, v), q, k, v))
-    rate = cache_bytes(cache) / mine / gpu(args.device).bandwidth
-    return f"| {name} | {error:.1e} | {mine * 1e6:.1f} | {xla[0] * 1e6:.1f} | {xla[0] / mine:.2f} | {rate:.0%} |"
+    of = jax.ShapeDtypeStruct((args.batch, args.length, args.kv_heads, args.head_dim), jnp.bfloat16)
+    plain = lambda q, kv: jax.nn.dot_product_attention(q, *kv)
+    [program] = compiled([(plain, (q, (of, of)))])
+    kv = tuple(jax.random.normal(jax.random.key(i), of.shape, of.dtype) for i in (2, 3))
+    xla = on_gpu(program, q, [kv])
+    del kv
+    print(f"A copy moves {copy / 1e12:.2f} TB/s; XLA's attention takes {xla * 1e6:.0f} us.\n\n{head(True)}", flush=True)
+    ways = kernel.codes_attention, attention.codes_attention
+    programs = compiled((partial(run, way), (q, shapes(name, args))) for name in args.formats for way in ways)
+    for name, ours, right in zip(args.formats, programs, programs):
+        try:
+            cache = random(shapes(name, args), jax.random.key(0))
+            got, want = (run_or_raise(p, q, cache) for p in (ours, right))
+            error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
+            mine = on_gpu(ours, q, [cache])
+        except Exception as failure:  # one kernel that fails must not hide the others
+            print(f"| {name} | {type(failure).__name__}: {str(failure)[:200]} |", flush=True)
+            continue
+        rate = cache_bytes(cache) / mine / copy
+        print(f"| {name} | {cache_bytes(cache) / 1e6:.0f} | {error:.1e} | {mine * 1e6:.1f} | {xla / mine:.2f} | {rate:.0%} |", flush=True)
 
 
 # --- without ---
@@ -126,10 +127,14 @@ def static(name: str, args: argparse.Namespace) -> str:
 
 
 HEADS = {
-    True: "| format | error | kernel, us | bf16 XLA, us | ratio | of the bandwidth |",
+    True: "| format | cache, MB | error | kernels, us | ratio to XLA's bf16 | of the bandwidth |",
     False: "| format | block x splits | warps, stages | registers | spills | shared memory | occupancy | blocks "
     "| PTX instructions | tensor core products | bytes read / cache | cache, MB | roofline, us |",
 }
+
+
+def head(on_gpu: bool) -> str:
+    return HEADS[on_gpu] + "\n|" + "---|" * (HEADS[on_gpu].count("|") - 1)
 
 
 def main() -> None:
@@ -139,14 +144,16 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--device", default="h100", choices=list(GPUS))
     args = parser.parse_args()
-    on_gpu, xla = jax.default_backend() == "gpu", []
-    kind = jax.devices()[0].device_kind if on_gpu else "compiled for " + gpu(args.device).kind
+    here = jax.default_backend() == "gpu"
+    kind = jax.devices()[0].device_kind if here else "compiled for " + gpu(args.device).kind
     print(f"{kind}, jax {jax.__version__}; {args.batch} sequences of {args.length}, {args.heads} heads, ", end="")
-    print(f"{args.kv_heads} kv heads, head_dim {args.head_dim}\n")
-    print(HEADS[on_gpu] + "\n|" + "---|" * (HEADS[on_gpu].count("|") - 1), flush=True)
+    print(f"{args.kv_heads} kv heads, head_dim {args.head_dim}")
+    if here:
+        return timed(args)
+    print("\n" + head(False), flush=True)
     for name in args.formats:
         try:
-            row = timed(name, args, xla) if on_gpu else static(name, args)
+            row = static(name, args)
         except Exception as error:  # one kernel that fails must not hide the others
             row = f"| {name} | {type(error).__name__}: {str(error)[:200]} |"
         print(row, flush=True)

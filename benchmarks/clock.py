@@ -1,9 +1,14 @@
 """What the benchmarks of single functions share."""
 
+import os
+import statistics
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def best(fn: Any, *args: Any, repeats: int = 10) -> float:
@@ -24,3 +29,40 @@ def kernel_times(program: Any, *args: Any) -> list[tuple[str, float]]:
 
     _, found = profiler.Cupti(finalize=False).measure(program, aggregate=False)(*args)
     return [(name, ms / 1e3) for name, ms in found or []]
+
+
+def on_gpu(program: Any, fixed: Any, moving: list[Any], repeats: int = 12) -> float:
+    """Seconds that the kernels of a compiled program take on the GPU, the median of several runs: launches and the
+    gaps between kernels are not in it. `moving` arguments take turns, so that they are not in the cache.
+    """
+    runs = [moving[i % len(moving)] for i in range(max(repeats, len(moving)))]
+    return statistics.median(sum(t for _, t in kernel_times(program, fixed, m)) for m in runs)
+
+
+def compiled(functions: Iterable[tuple[Callable[..., Any], tuple]]) -> Iterator[Any]:
+    """The program of each function and its arguments, or the error, in order; compiled by all processors at a time."""
+
+    def finished(lowered: Any) -> Any:
+        try:
+            return lowered.compile()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting: list[Callable[[], Any]] = []
+        for fn, args in functions:
+            try:
+                waiting.append(pool.submit(finished, jax.jit(fn).lower(*args)).result)
+            except Exception as error:
+                waiting.append(lambda error=error: error)
+        for result in waiting:
+            yield result()
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes a second of a large copy (read and written), and operations a second of a large bfloat16 product."""
+    x = jnp.arange(1 << 29, dtype=jnp.uint32)
+    copy = on_gpu(jax.jit(lambda x, _: x + 1).lower(x, x[:1]).compile(), x, [x[:1]])
+    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    product = on_gpu(jax.jit(lambda a, b: a @ b.T).lower(a, a).compile(), a, [a])
+    return 8 * (1 << 29) / copy, 2 * 8192**3 / product

@@ -2,9 +2,10 @@
 
     python benchmarks/kernels.py [--model Llama-3.1-8B] [--rows 1 16 4096] [--formats int4-g128 int8] [--device h100]
 
-On a GPU: the error against float32, microseconds of the kernel and of `jnp.dot` in bfloat16 in the same run, the ratio,
-and the fraction of the roofline (the slower of memory and tensor cores, by the data sheet). Each program runs the product
-with as many copies of the weight as exceed the L2 cache, so that weights come from memory; best of ten.
+On a GPU: the error against float32, microseconds of all kernels of the product on the GPU (CUPTI; launches and the gaps
+between kernels are not in it) and of `jnp.dot` in bfloat16 by the same clock in the same run, the ratio, and the share of
+the roofline: the slower of the bytes at the rate of a large copy and the operations at that of a large product, both
+measured first. As many copies of a weight take turns as exceed the L2 cache; medians.
 
 Elsewhere: what the compiler says, for `--device`: registers, spills, shared memory, occupancy, blocks, bytes of weight
 that are read. No speed is claimed there.
@@ -12,12 +13,12 @@ that are read. No speed is claimed there.
 
 import argparse
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clock import best
+from clock import ceilings, compiled, on_gpu
 
 from pallas_kernels import harness, shapes
 from pallas_kernels.gpus import GPUS, Gpu, gpu
@@ -28,13 +29,15 @@ from pallas_kernels.quantized_matmul.elements import element, plane_widths
 
 
 class Format(NamedTuple):
-    """A format of the weight: element, group, dtype of scales, whether it has zero points; `both`: activations too."""
+    """A format of the weight: element, group, dtype of scales, whether it has zero points; `both`: activations too;
+    `library`: the product of codes is XLA's, not the kernel's."""
 
     element: str
     group: int | None = None
     scale: str = "bfloat16"
     asymmetric: bool = False
     both: str = ""
+    library: bool = False
 
 
 FORMATS = {
@@ -50,6 +53,8 @@ FORMATS = {
     "int3-g64": Format("int3", 64),
     "int8+int8": Format("int8", None, "float32", both="int8"),
     "fp8+fp8": Format("fp8_e4m3", None, "float32", both="float8_e4m3fn"),
+    "int8+int8, XLA": Format("int8", None, "float32", both="int8", library=True),
+    "fp8+fp8, XLA": Format("fp8_e4m3", None, "float32", both="float8_e4m3fn", library=True),
 }
 
 
@@ -67,6 +72,8 @@ def arguments(f: Format, m: int, n: int, k: int) -> tuple:
 
 def product(f: Format, device: str, right: bool = False):
     """The kernel of a format, or the definition of what is right, as a function of activations and weight."""
+    if f.library and not right:
+        return xla_of_codes
     if f.both:
         how = low_precision_reference if right else lambda *a: low_precision_matmul(*a, device=device)
         return lambda x, w: how(x[0], w[0], x[1], w[1])
@@ -74,6 +81,13 @@ def product(f: Format, device: str, right: bool = False):
     if right:
         return lambda x, w: reference.quantized_matmul(x, *w, **options)
     return lambda x, w: quantized_matmul(x, *w, **options, device=device)
+
+
+def xla_of_codes(x, w) -> jax.Array:
+    """Codes times codes by XLA, the scales on the sums."""
+    kind = jnp.int32 if x[0].dtype == jnp.int8 else jnp.float32
+    sums = jax.lax.dot_general(x[0], w[0], (((1,), (1,)), ((), ())), preferred_element_type=kind)
+    return (sums.astype(jnp.float32) * x[1] * w[1][:, 0]).astype(jnp.bfloat16)
 
 
 def nbytes(tree) -> int:
@@ -108,30 +122,52 @@ def copies(tree, g: Gpu) -> list:
     return [random(tree, jax.random.key(i)) for i in range(1, count + 1)]
 
 
-def seconds(fn, x, weights) -> float:
-    """Of one product, with a weight that is not in the cache."""
-    return best(lambda x, weights: [fn(x, w) for w in weights], x, weights) / len(weights)
+class Item(NamedTuple):
+    """One line of the table on a GPU."""
+
+    name: str
+    layer: shapes.Linear
+    m: int
 
 
-def timed(name: str, layer: shapes.Linear, m: int, device: str, g: Gpu, xla: dict) -> str:
-    f, n, k = FORMATS[name], layer.n, layer.k
-    x_shape, w_shape = arguments(f, m, n, k)
-    x = random(x_shape, jax.random.key(0))
-    weights = copies(w_shape, g)
-    got, want = (jax.jit(product(f, device, right))(x, weights[0]).astype(jnp.float32) for right in (False, True))
-    error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
-    if (m, n, k) not in xla:
-        dense = [
-            jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16)
-            for i in range(max(2, math.ceil(3 * g.l2 / (2 * n * k))))
-        ]
-        plain = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
-        xla[m, n, k] = seconds(lambda x, w: x @ w.T, plain, dense)
-    mine, other = seconds(product(f, device), x, weights), xla[m, n, k]
-    return (
-        f"| {layer.model} {layer.layer} | {m} x {n} x {k} | {name} | {error:.1e} | {mine * 1e6:.1f} | {other * 1e6:.1f} "
-        f"| {other / mine:.2f} | {roofline(f, m, n, k, g) / mine:.0%} |"
-    )
+def timed(items: list[Item], device: str) -> None:
+    """Prints the lines."""
+    copy, rate = ceilings()
+    print(f"A copy moves {copy / 1e12:.2f} TB/s, a bfloat16 product runs at {rate / 1e12:.0f} TFLOP/s.\n\n{head(True)}", flush=True)
+    sizes = dict.fromkeys((i.m, i.layer.n, i.layer.k) for i in items)
+    half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    dense = lambda x, w: x @ w.T
+    xla = {}
+    for (m, n, k), program in zip(sizes, compiled((dense, (half(m, k), half(n, k))) for m, n, k in sizes)):
+        xla[m, n, k] = on_gpu(program, random(half(m, k), jax.random.key(0)), copies(half(n, k), gpu(device)))
+    wanted = [(product(FORMATS[i.name], device, r), arguments(FORMATS[i.name], i.m, i.layer.n, i.layer.k))
+              for i in items for r in (False, True)]  # fmt: skip
+    programs = compiled(wanted)
+    held: tuple[Any, list] = (None, [])
+    for i, ours, right in zip(items, programs, programs):
+        f, n, k = FORMATS[i.name], i.layer.n, i.layer.k
+        front = f"| {i.layer.model} {i.layer.layer} | {i.m} x {n} x {k} | {i.name} |"
+        x_shape, w_shape = arguments(f, i.m, n, k)
+        if held[0] != (i.name, n, k):
+            held = (i.name, n, k), copies(w_shape, gpu(device))
+        x, weights = random(x_shape, jax.random.key(0)), held[1]
+        try:
+            got, want = (run_or_raise(p, x, weights[0]) for p in (ours, right))
+            error = float(jnp.sqrt(jnp.nanmean((got - want) ** 2) / jnp.nanmean(want**2)))
+            mine, other = on_gpu(ours, x, weights), xla[i.m, n, k]
+        except Exception as failure:  # one kernel that fails must not hide the others
+            print(f"{front} {type(failure).__name__}: {str(failure)[:200]} |", flush=True)
+            continue
+        floor = max(
+            (nbytes(x_shape) + nbytes(w_shape) + 2 * i.m * n) / copy, 2 * i.m * n * k / (rate * (2 if f.both else 1))
+        )
+        print(f"{front} {error:.1e} | {mine * 1e6:.1f} | {other * 1e6:.1f} | {other / mine:.2f} | {floor / mine:.0%} |", flush=True)
+
+
+def run_or_raise(program: Any, *args: Any) -> jax.Array:
+    if isinstance(program, Exception):
+        raise program
+    return program(*args).astype(jnp.float32)
 
 
 # --- without ---
@@ -141,7 +177,7 @@ def static(name: str, layer: shapes.Linear, m: int, device: str, g: Gpu) -> str:
     f, n, k = FORMATS[name], layer.n, layer.k
     args = arguments(f, m, n, k)
     program = harness.compile_for(device, product(f, device), *args)
-    [kernel] = program.named("_matmul_")
+    [kernel] = program.named("_matmul_") or program.named("decode_")
     counts = kernel.ptx.counts
     products = counts.get("wgmma.mma_async", 0) or counts.get("mma.sync", 0)
     return (
@@ -152,10 +188,14 @@ def static(name: str, layer: shapes.Linear, m: int, device: str, g: Gpu) -> str:
 
 
 HEADS = {
-    True: "| layer | m x n x k | format | error | kernel, us | bf16 XLA, us | ratio | of the roofline |",
+    True: "| layer | m x n x k | format | error | kernels, us | bf16 XLA, us | ratio | of the roofline |",
     False: "| layer | m x n x k | format | registers | spills | shared memory | occupancy | blocks | PTX instructions "
     "| tensor core products | weight, MB | roofline, us |",
 }
+
+
+def head(on_gpu: bool) -> str:
+    return HEADS[on_gpu] + "\n|" + "---|" * (HEADS[on_gpu].count("|") - 1)
 
 
 def main() -> None:
@@ -165,22 +205,23 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 4096])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--device", default="h100", choices=list(GPUS))
+    parser.add_argument("--shapes", nargs="*", metavar="NxK", help="instead of a model's layers")
     args = parser.parse_args()
-    on_gpu, g, xla = jax.default_backend() == "gpu", gpu(args.device), {}
-    print(f"{jax.devices()[0].device_kind if on_gpu else 'compiled for ' + g.kind}, jax {jax.__version__}\n")
-    print(HEADS[on_gpu] + "\n|" + "---|" * (HEADS[on_gpu].count("|") - 1), flush=True)
-    for layer in shapes.of_model(args.model):
-        if args.layers and layer.layer not in args.layers:
-            continue
-        for m in args.rows:
-            for name in args.formats:
-                try:
-                    row = (
-                        timed(name, layer, m, args.device, g, xla) if on_gpu else static(name, layer, m, args.device, g)
-                    )
-                except Exception as error:  # one kernel that fails must not hide the others
-                    row = f"| {layer.model} {layer.layer} | {m} x {layer.n} x {layer.k} | {name} | {type(error).__name__}: {str(error)[:200]} |"
-                print(row, flush=True)
+    g = gpu(args.device)
+    layers = [s for s in shapes.of_model(args.model) if not args.layers or s.layer in args.layers]
+    if args.shapes:
+        layers = [shapes.Linear("", "", *map(int, s.split("x"))) for s in args.shapes]
+    items = [Item(name, layer, m) for layer in layers for name in args.formats for m in args.rows]
+    if jax.default_backend() == "gpu":
+        print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+        return timed(items, args.device)
+    print(f"compiled for {g.kind}, jax {jax.__version__}\n\n{head(False)}", flush=True)
+    for name, layer, m in items:
+        try:
+            row = static(name, layer, m, args.device, g)
+        except Exception as error:  # one kernel that fails must not hide the others
+            row = f"| {layer.model} {layer.layer} | {m} x {layer.n} x {layer.k} | {name} | {type(error).__name__}: {str(error)[:200]} |"
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,28 +5,28 @@
     python benchmarks/tune.py --what attention [--formats int8 kivi4] [--length 32768] [--batch 16]
 
 Programs are compiled by as many threads as there are processors. A time is that of the kernels alone, on the GPU (CUPTI),
-the median of several runs, over copies of the weights or caches that exceed the L2 cache. What is wrong by more than the
-rest of its kind is left out. All times go to `--out` (JSON); the fastest of each problem is printed.
+the median of several runs, over copies of the weights or caches that exceed the L2 cache. All times go to `--out` (JSON), the
+fastest are printed; with `--write` the fastest tiling of each problem goes to pallas_kernels/tuned.json, in the place of
+one that was found for the same sizes before. `quantized_matmul` and `decode_attention` read it.
 """
 
 import argparse
 import itertools
 import json
 import math
-import os
 import random as chance
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import attention as cached
 import jax
 import jax.numpy as jnp
 import kernels as products
-from clock import kernel_times
+from clock import compiled, kernel_times
 
 from jquant.kv_cache import kernel
 from pallas_kernels.decode_attention import Coded, Rules, decode_attention, normalized, reference
@@ -39,16 +39,18 @@ from pallas_kernels.quantized_matmul.elements import element
 
 
 class Option(NamedTuple):
-    """One way to run a problem: what to call it, and the function of `(fixed, moving)`."""
+    """One way to run a problem: what to call it, the function of `(fixed, moving)`, and its tiling, if it has one."""
 
     name: str
     run: Callable[..., jax.Array]
+    tiling: Any = None
 
 
 class Case(NamedTuple):
-    """A problem: its options, the argument that stays, those that take turns, and the result that is right."""
+    """A problem: its sizes, its options, the argument that stays, those that take turns, and the result that is right."""
 
     name: str
+    sizes: dict[str, int]
     options: list[Option]
     fixed: Any
     moving: list[Any]
@@ -63,18 +65,16 @@ def weights(args: argparse.Namespace) -> Iterator[Case]:
         xs, ws = products.arguments(f, m, n, k)
         x, copies = products.random(xs, jax.random.key(0)), products.copies(ws, g)
         want = jax.jit(products.product(f, args.device, right=True))(x, copies[0])
-        options = [
-            Option(f"{tuple(t)} {'packed' * packed}", partial(_weight_only, f, t, packed))
-            for t, packed in weight_tilings(f, m, n, k, args)
-        ]
+        options = [Option(f"{tuple(t)}", partial(_weight_only, f, t), t) for t in weight_tilings(f, m, n, k, args)]
         if m > 64:
             options += [Option(f"decoded {tuple(t)}", partial(_written, f, t)) for t in DECODE]
         options.append(Option("XLA decoded", partial(_decoded, f)))
-        yield Case(f"{name} {m}x{n}x{k}", options, x, copies, want, products.roofline(f, m, n, k, g))
+        sizes = {"bits": element(f.element).bits, "group": f.group or 0, "rows": m, "n": n, "k": k}
+        yield Case(f"{name} {m}x{n}x{k}", sizes, options, x, copies, want, products.roofline(f, m, n, k, g))
 
 
-def _weight_only(f: products.Format, t: tilings.Tiling, packed: bool, x: jax.Array, w: Any) -> jax.Array:
-    return quantized_matmul(x, *w, element=f.element, group_size=f.group, tiling=t, packed=packed)
+def _weight_only(f: products.Format, t: tilings.Tiling, x: jax.Array, w: Any) -> jax.Array:
+    return quantized_matmul(x, *w, element=f.element, group_size=f.group, tiling=t)
 
 
 DECODE = [tilings.Tiling(0, n, k, 1, w, 1) for n in (16, 32, 64) for k in (128, 256, 512) for w in (4, 8)]
@@ -89,32 +89,24 @@ def _decoded(f: products.Format, x: jax.Array, w: Any) -> jax.Array:
     return xla.quantized_matmul(x, *w, element=f.element, group_size=f.group)
 
 
-def weight_tilings(f: products.Format, m: int, n: int, k: int, args: argparse.Namespace) -> list[Any]:
-    rows = max(16, min(128, 1 << max(m - 1, 0).bit_length()))
-    few = m <= 64
+def weight_tilings(f: products.Format, m: int, n: int, k: int, args: argparse.Namespace) -> list[tilings.Tiling]:
+    """All that may be fast: 16 to 64 rows of the weight for a warp, programs for every core at a time."""
+    rows, few = max(16, min(128, 1 << max(m - 1, 0).bit_length())), m <= tilings.FEW
     sizes = itertools.product(
-        (rows,) if few else (64, 128, 256),
-        (32, 64, 128, 256) if few else (64, 128, 256),
-        (64, 128, 256, 512) if few else (32, 64, 128),
-        (1, 2, 4, 8, 16) if few else (1,),
-        (2, 4, 8),
-        (2, 3, 4, 5) if few else (2, 3, 4),
-    )
-    bits = element(f.element).bits
-    out = []
-    for t in itertools.starmap(tilings.Tiling, sizes):
-        p = tilings.Problem(1, m, n, k, bits, 1, f.group or k)
-        per_thread = t.block_m * t.block_n / (32 * t.warps)
-        if tilings.shared_bytes(p, t) * t.stages > gpu(args.device).shared_per_block or per_thread > (64 if few else 128):
-            continue
-        if few and (t.warps > 2 * max(1, t.block_n // 16) or t.block_n // t.warps > 32):
-            continue
-        if f.group and t.block_k % f.group and f.group % t.block_k:
-            continue
-        if math.ceil(k / t.block_k) < 4 * t.split_k:
-            continue
-        out += [(t, packed) for packed in (True,)]
-    return out
+        (rows,) if few else (64, 128, 256), (32, 64, 128, 256), (64, 128, 256, 512), (1, 2, 4, 8, 16) if few else (1,),
+        (1, 2, 4, 8), (2, 3, 4, 5), (False, True) if rows > 16 and f.group else (False,),
+    )  # fmt: skip
+    p = tilings.Problem(1, m, n, k, element(f.element).bits, 1, f.group or k)
+    cores, room = gpu(args.device).cores, gpu(args.device).shared_per_block
+
+    def fits(t: tilings.Tiling) -> bool:
+        in_registers = t.block_m * t.block_n <= 64 * 32 * t.warps and 16 * t.warps <= t.block_n <= 64 * t.warps
+        whole = not f.group or t.block_k % f.group == 0 or f.group % t.block_k == 0
+        work = cores * 0.7 <= tilings.programs(p, t) <= 12 * cores or not few
+        steps = math.ceil(k / t.block_k) >= 4 * t.split_k
+        return in_registers and whole and work and steps and tilings.shared_bytes(p, t) * t.stages <= room
+
+    return [t for t in itertools.starmap(tilings.Tiling, sizes) if fits(t)]
 
 
 def codes(args: argparse.Namespace) -> Iterator[Case]:
@@ -126,8 +118,8 @@ def codes(args: argparse.Namespace) -> Iterator[Case]:
         want = jax.jit(products.product(f, args.device, right=True))(x, copies[0])
         run = lambda t, x, w: low_precision_matmul(x[0], w[0], x[1], w[1], tiling=t)
         options = [Option(f"{tuple(t)}", partial(run, t)) for t in code_tilings(m, k)]
-        options += [Option("XLA", _xla_codes), Option("XLA bf16", _xla_bf16)]
-        yield Case(f"{name} {m}x{n}x{k}", options, x, copies, want, products.roofline(f, m, n, k, g))
+        options.append(Option("XLA", products.xla_of_codes))
+        yield Case(f"{name} {m}x{n}x{k}", {}, options, x, copies, want, products.roofline(f, m, n, k, g))
 
 
 def code_tilings(m: int, k: int) -> list[tilings.Tiling]:
@@ -141,17 +133,6 @@ def code_tilings(m: int, k: int) -> list[tilings.Tiling]:
     return [t for t in itertools.starmap(tilings.Tiling, sizes) if fits(t) and (few or t.warps > 2)]
 
 
-def _xla_codes(x: Any, w: Any) -> jax.Array:
-    kind = jnp.int32 if x[0].dtype == jnp.int8 else jnp.float32
-    sums = jax.lax.dot_general(x[0], w[0], (((1,), (1,)), ((), ())), preferred_element_type=kind)
-    return (sums.astype(jnp.float32) * x[1] * w[1][:, 0]).astype(jnp.bfloat16)
-
-
-def _xla_bf16(x: Any, w: Any) -> jax.Array:
-    sums = jnp.matmul(x[0].astype(jnp.bfloat16), w[0].astype(jnp.bfloat16).T, preferred_element_type=jnp.float32)
-    return (sums * x[1] * w[1][:, 0]).astype(jnp.bfloat16)
-
-
 def caches(args: argparse.Namespace) -> Iterator[Case]:
     sizes = argparse.Namespace(batch=args.batch, length=args.length, heads=32, kv_heads=8, head_dim=128)
     for name in args.formats or cached.FORMATS:
@@ -161,8 +142,17 @@ def caches(args: argparse.Namespace) -> Iterator[Case]:
         copies = [cached.random(shapes, jax.random.key(i)) for i in range(2)]
         want = jax.jit(partial(_cached, reference.decode_attention, {}))(q, copies[0])
         run = lambda t: partial(_cached, decode_attention, {"tiling": t})
-        options = [Option(f"{tuple(t)}", run(t)) for t in attention_options(args)]
-        yield Case(f"{name} {args.batch}x{args.length}", options, q, copies, want, floor)
+        options = [Option(f"{tuple(t)}", run(t), t) for t in attention_options(args)]
+        per_token = round(cached.cache_bytes(shapes) / (args.batch * 8 * args.length))
+        doubled = int(name in ("float32", "float16"))
+        sequences = {
+            "bytes": per_token,
+            "dim": 128,
+            "doubled": doubled,
+            "sequences": args.batch * 8,
+            "length": args.length,
+        }
+        yield Case(f"{name} {args.batch}x{args.length}", sequences, options, q, copies, want, floor)
 
 
 def _cached(how: Any, more: dict[str, Any], q: jax.Array, cache: Any) -> jax.Array:
@@ -176,28 +166,15 @@ def _cached(how: Any, more: dict[str, Any], q: jax.Array, cache: Any) -> jax.Arr
 
 
 def attention_options(args: argparse.Namespace) -> list[attention_tilings.Tiling]:
-    sizes = itertools.product((32, 64, 128, 256), (1, 2, 3, 4, 6, 8, 12, 16, 24), (1, 2, 4, 8), (2, 3, 4))
-    wanted = lambda t: 8 <= t.block // t.warps <= 64 and args.length // t.splits >= 4 * t.block
+    """All that may be fast: 16 to 64 slots for a warp, one to twelve warps on a core's scheduler."""
+    splits = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+    sizes = itertools.product((32, 64, 128, 256), splits, (1, 2, 4, 8), (2, 3, 4))
+
+    def wanted(t: attention_tilings.Tiling) -> bool:
+        warps = args.batch * 8 * t.splits * t.warps / gpu(args.device).cores
+        return 16 <= t.block // t.warps <= 64 and args.length // t.splits >= 4 * t.block and 4 <= warps <= 48
+
     return [t for t in itertools.starmap(attention_tilings.Tiling, sizes) if wanted(t)]
-
-
-def programs(options: list[Option], fixed: Any, moving: Any, pool: ThreadPoolExecutor) -> Iterator[tuple[Option, Any]]:
-    """Each option and its program, or why there is none. Compiled by all processors while the first ones are timed."""
-
-    def finished(lowered: Any) -> Any:
-        try:
-            return lowered.compile()
-        except Exception as error:
-            return error
-
-    waiting = []
-    for option in options:
-        try:
-            waiting.append((option, pool.submit(finished, jax.jit(option.run).lower(fixed, moving)).result))
-        except Exception as error:
-            waiting.append((option, lambda error=error: error))
-    for option, result in waiting:
-        yield option, result()
 
 
 def error_of(got: jax.Array, want: jax.Array) -> float:
@@ -205,28 +182,78 @@ def error_of(got: jax.Array, want: jax.Array) -> float:
     return float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
 
 
-def measure(case: Case, args: argparse.Namespace, pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
-    """Every option: name, error, and microseconds of the kernel and of all kernels of its program, the median."""
-    options = case.options
-    if sum(o.name.startswith("(") for o in options) > args.limit:
-        kept = [o for o in options if not o.name.startswith("(")]
-        tried = [o for o in options if o.name.startswith("(")]
-        options = chance.Random(0).sample(tried, args.limit) + kept
+def measure(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every option: name, error, and microseconds of the longest and of all kernels of its program, the median."""
+    tried, others = [o for o in case.options if o.tiling], [o for o in case.options if not o.tiling]
+    options = chance.Random(0).sample(tried, min(len(tried), args.limit)) + others
     rows = []
-    for option, program in programs(options, case.fixed, case.moving[0], pool):
-        if isinstance(program, Exception):
-            rows.append({"name": option.name, "failed": f"{type(program).__name__}: {str(program)[:300]}"})
-            continue
+    programs = compiled((option.run, (case.fixed, case.moving[0])) for option in options)
+    for option, program in zip(options, programs):
+        row: dict[str, Any] = {"name": option.name, "tiling": option.tiling and list(option.tiling)}
         try:
-            error = error_of(program(case.fixed, case.moving[0]), case.want)
-            runs = [kernel_times(program, case.fixed, w) for w in (case.moving * args.repeats)[: max(args.repeats, len(case.moving))]]
-        except Exception as failure:
-            rows.append({"name": option.name, "failed": f"{type(failure).__name__}: {str(failure)[:300]}"})
-            continue
-        every = statistics.median(sum(t for _, t in run) for run in runs) * 1e6
-        main = statistics.median(max(t for _, t in run) for run in runs) * 1e6
-        rows.append({"name": option.name, "error": error, "us": every, "kernel_us": main, "kernels": len(runs[0])})
+            if isinstance(program, Exception):
+                raise program
+            row["error"] = error_of(program(case.fixed, case.moving[0]), case.want)
+            turns = (case.moving * args.repeats)[: max(args.repeats, len(case.moving))]
+            runs = [kernel_times(program, case.fixed, w) for w in turns]
+            row["us"] = statistics.median(sum(t for _, t in run) for run in runs) * 1e6
+            row["kernel_us"] = statistics.median(max(t for _, t in run) for run in runs) * 1e6
+        except Exception as failure:  # an option that fails must not hide the others
+            row["failed"] = f"{type(failure).__name__}: {str(failure)[:300]}"
+        rows.append(row)
     return rows
+
+
+def write(kernel: str, device: str, sizes: dict[str, int], best: dict[str, Any]) -> None:
+    """Puts the tiling into pallas_kernels/tuned.json."""
+    known = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    rows = known.setdefault(device, {}).setdefault(kernel, [])
+    rows[:] = [r for r in rows if any(r[name] != value for name, value in sizes.items())]
+    rows.append(
+        {
+            **sizes,
+            "tiling": best["tiling"],
+            "us": round(best["us"], 1),
+            "where": f"{jax.devices()[0].device_kind}, jax {jax.__version__}",
+        }
+    )
+    lines = {d: {k: [json.dumps(r) for r in rows] for k, rows in kernels.items()} for d, kernels in known.items()}
+    text = json.dumps(lines, indent=1)
+    for kernels in lines.values():
+        for row in itertools.chain(*kernels.values()):
+            text = text.replace(json.dumps(row), row)
+    TUNED.with_suffix(".new").write_text(text + "\n")
+    TUNED.with_suffix(".new").replace(TUNED)
+
+
+def tune(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints every problem; all times."""
+    found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    start = time.perf_counter()
+    for case in {"weights": weights, "codes": codes, "attention": caches}[args.what](args):
+        begun = time.perf_counter()
+        rows = measure(case, args)
+        found[case.name] = {"floor_us": case.floor * 1e6, "options": rows}
+        with open(args.out, "w") as f:
+            json.dump(found, f, indent=1)
+        right = sorted((r for r in rows if "us" in r), key=lambda r: r["us"])
+        failed = [r for r in rows if "failed" in r]
+        took = time.perf_counter() - begun
+        print(f"{case.name}: floor {case.floor * 1e6:.1f} us, {len(right)} options, {len(failed)} failed, {took:.0f} s")
+        for r in [*right[: args.show], *(r for r in right[args.show :] if "XLA" in r["name"])]:
+            print(f"  {r['us']:8.1f} us ({r['kernel_us']:.1f}) error {r['error']:.1e}  {r['name']}", flush=True)
+        if failed:
+            print("  failed:", failed[0], flush=True)
+        ours = [r for r in right if r["tiling"]]
+        if args.write and case.sizes and ours:
+            write(NAMES[args.what], args.device, case.sizes, ours[0])
+        if time.perf_counter() - start > args.seconds:
+            break
+    return found
+
+
+NAMES = {"weights": "quantized_matmul", "attention": "decode_attention"}
+TUNED = Path(__file__).resolve().parent.parent / "pallas_kernels/tuned.json"
 
 
 def main() -> None:
@@ -244,25 +271,8 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=3, help="options that are printed")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no problem after this time")
     parser.add_argument("--out", default="tuned.json")
-    args = parser.parse_args()
-    found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    start = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for case in {"weights": weights, "codes": codes, "attention": caches}[args.what](args):
-            begun = time.perf_counter()
-            rows = measure(case, args, pool)
-            found[case.name] = {"floor_us": case.floor * 1e6, "options": rows}
-            with open(args.out, "w") as f:
-                json.dump(found, f, indent=1)
-            right = sorted((r for r in rows if "us" in r), key=lambda r: r["us"])
-            failed = len(rows) - len(right)
-            print(f"{case.name}: floor {case.floor * 1e6:.1f} us, {len(right)} options, {failed} failed, {time.perf_counter() - begun:.0f} s")
-            for r in [*right[: args.show], *(r for r in right[args.show :] if "XLA" in r["name"])]:
-                print(f"  {r['us']:8.1f} us ({r['kernel_us']:.1f} in {r['kernels']}) error {r['error']:.1e}  {r['name']}", flush=True)
-            if failed:
-                print("  failed:", next(r for r in rows if "failed" in r), flush=True)
-            if time.perf_counter() - start > args.seconds:
-                break
+    parser.add_argument("--write", action="store_true", help="put the fastest into pallas_kernels/tuned.json")
+    tune(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -249,7 +249,14 @@ def combine(s: State) -> State:
 
 
 def _kernel(
-    *refs: Any, views: tuple[View, View], rules: Rules, t: Tiling, rows: int, has_shift: bool, has_table: bool, packed: bool
+    *refs: Any,
+    views: tuple[View, View],
+    rules: Rules,
+    t: Tiling,
+    rows: int,
+    has_shift: bool,
+    has_table: bool,
+    packed: bool,
 ) -> None:
     q_ref, at_ref, range_ref, *ins = refs[:-3]
     top_ref, total_ref, out_ref = refs[-3:]
@@ -401,7 +408,7 @@ def _outputs(
 
 
 class _Block(NamedTuple):
-    """`size` slots from `index * size` on, of one sequence and head; those from `low` to `high` are read, or `whole`."""
+    """`size` slots from `index * size` on, of one sequence and head: those from `low` to `high` are read, or all."""
 
     index: Any
     size: int

@@ -36,7 +36,8 @@ def quantized_matmul(
     interpret: bool = False,
 ) -> jax.Array:
     """`triton.quantized_matmul` of many rows of 16-bit activations: `decode`, and XLA's product with float32 sums."""
-    how = dict(element=element, group_size=group_size, k=x.shape[-1], dtype=x.dtype, device=device, interpret=interpret)
+    how: dict[str, Any] = dict(
+        element=element, group_size=group_size, k=x.shape[-1], dtype=x.dtype, device=device, interpret=interpret)
     w = decode(planes, scale, zero_point, **how)
     batch = tuple(range(w.ndim - 2))
     numbers = (((x.ndim - 1,), (w.ndim - 1,)), (batch, batch))
@@ -88,7 +89,13 @@ def decode(
     if group and size < 16 * weight.lanes:  # a part spans several small groups
         size = tiling.block_k
     kernel = partial(
-        _kernel, weight=weight, t=tiling, size=size, scale_dtype=scale.dtype.name, planes=len(words), packed=not interpret
+        _kernel,
+        weight=weight,
+        t=tiling,
+        size=size,
+        scale_dtype=scale.dtype.name,
+        planes=len(words),
+        packed=not interpret,
     )
     call = lambda words, scales: pl.pallas_call(
         kernel,
@@ -129,4 +136,6 @@ def _interleaved(lanes: list[jax.Array]) -> jax.Array:
     """`[n, width]` of each lane as `[n, width, ...]`, whose last axes are the lanes, in order."""
     if len(lanes) == 1:
         return lanes[0]
-    return lax.concatenate([_interleaved(lanes[half::2])[..., None] for half in range(2)], lanes[0].ndim + len(lanes).bit_length() - 2)
+    return lax.concatenate(
+        [_interleaved(lanes[half::2])[..., None] for half in range(2)], lanes[0].ndim + len(lanes).bit_length() - 2
+    )

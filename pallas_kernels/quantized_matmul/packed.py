@@ -1,6 +1,6 @@
 """Codes to floats two and four at a time, by inline PTX: what `upcast` calculates, in a third of the instructions.
 
-A register holds two 16-bit floats. The words of two rows (or columns) of codes are upcast in one register, lane by lane:
+A register holds two 16-bit floats. Two words of codes are upcast in one register, lane by lane:
 
     integers   shift, mask and magic bits (one lop3), a fused multiply-add that takes the offset away
     floats     shift and mask twice (sign, and the rest at its place), a multiplication by a power of two
@@ -65,7 +65,9 @@ def values(words: jax.Array, e: Element, zeros: Sequence[jax.Array | None], dtyp
     """
     lanes = words.dtype.itemsize * 8 // e.bits
     if e.kind == "table":
-        return [o for half in range(2) for o in _halves(_run(table_asm(e.table, half, dtype), [words], jnp.int32), dtype)]
+        return [
+            o for half in range(2) for o in _halves(_run(table_asm(e.table, half, dtype), [words], jnp.int32), dtype)
+        ]
     if e.kind == "float":
         if lanes == 1:
             return [_run(bytes_asm(e, dtype), [words], dtype, pack=4)]
@@ -157,7 +159,7 @@ def float_asm(e: Element, lane: int, dtype: jnp.dtype) -> str:
 
 
 def bytes_asm(e: Element, dtype: jnp.dtype) -> str:
-    """`upcast.small_floats` of four bytes. $0 and $1 are the floats of the first two and of the last two, $2 the bytes."""
+    """`upcast.small_floats` of four bytes. $0 and $1 are the floats of the first and the last two, $2 the bytes."""
     lines = []
     for out, selector in (("$0", "0x1404"), ("$1", "0x3424")):  # a byte in the upper half of each 16 bits
         lines += [f"prmt.b32 b, $2, 0, {selector}", *_float_lines(e, "b", 8, out, dtype)]

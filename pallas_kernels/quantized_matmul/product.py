@@ -53,8 +53,8 @@ def quantized_matmul(
 ) -> jax.Array:
     """`out[..., n] = sum_k x[..., k] (value(code[n, k]) - zero_point[n, k // group]) scale[n, k // group]`.
 
-    More than `FEW` rows of 16-bit activations are multiplied by XLA with the weight that a kernel has written out: 2 bytes
-    an element, for the time of the product. With a `tiling` the kernel that reads codes takes any number of rows.
+    More than `FEW` rows of 16-bit activations are multiplied by XLA with the weight that a kernel has written out: 2
+    bytes an element, for the time of the product. With a `tiling` the kernel that reads codes takes any number of rows.
 
     Under `vmap` over weights (experts) the kernel gets one more axis of its grid; over activations alone, more rows.
     The derivative, with respect to x, the scales and float zero points, is XLA's of the dequantized product.
@@ -71,8 +71,8 @@ def quantized_matmul(
       implementation: "triton", or "xla".
       device: the GPU whose tilings are used, "h100", "a100" or "b200"; the result does not depend on it.
       tiling: to choose it oneself.
-      packed: upcast elements two and four at a time by inline PTX (`packed`), where there is one for them. No interpreter
-        runs it: there, and with False, one at a time.
+      packed: upcast elements two and four at a time by inline PTX (`packed`), where there is one for them. No
+        interpreter runs it: there, and with False, one at a time.
       interpret: run the kernel in Pallas' interpreter: on any machine, slowly.
 
     Returns:

@@ -74,10 +74,15 @@ def _sizes(p: Problem) -> dict[str, int]:
 
 
 def adapt(p: Problem, row: dict[str, Any], gpu: Gpu) -> Tiling | None:
-    """The tiling of a row of `tuned.table` for a problem near it: as many programs, blocks that fit; None if none do."""
+    """The tiling of a row of `tuned.table` for a problem near it: as many programs, blocks that fit; or None."""
     t = Tiling(*row["tiling"])
     block_m, block_k = max(16, _power(p.m)), block_k_of(p, t.block_k)
-    if p.group < p.k and t.block_k % p.group == 0 and p.group & -p.group == p.group and t.block_k >= MIN_LANE_K * p.lanes:
+    if (
+        p.group < p.k
+        and t.block_k % p.group == 0
+        and p.group & -p.group == p.group
+        and t.block_k >= MIN_LANE_K * p.lanes
+    ):
         block_k = t.block_k  # several groups of a step
     wanted = math.ceil(row["n"] / t.block_n) * t.split_k
     blocks, steps = p.batch * math.ceil(p.n / t.block_n), math.ceil(p.k / block_k)

@@ -70,7 +70,7 @@ def word_bytes(name: str, group: int, k: int, block_k: int | None, dtype: Any) -
 
 
 def parts_of(weight: Weight, t: Tiling) -> int:
-    """Groups of a step whose sums are apart, so that a scale multiplies each; 1 where a step is no more than a group."""
+    """Groups of a step whose sums are apart, so that a scale multiplies each; 1 where a step is in a group."""
     group = weight.group
     apart = group > 0 and group % (MIN_LANE_K * weight.lanes) == 0 and group & -group == group
     return t.block_k // group if apart and t.block_k > group and t.block_k % group == 0 else 1
@@ -315,7 +315,7 @@ def elements(
 
 
 class Scaler(NamedTuple):
-    """Reads scales and zero points for parts of `size` elements; they multiply the `elements`, or the sums of a part."""
+    """Reads scales and zero points for parts of `size` elements; they multiply `elements`, or the sums of a part."""
 
     scale_ref: Any
     zero_ref: Any
@@ -347,7 +347,7 @@ class Scaler(NamedTuple):
         return self.weight.group >= self.size
 
     def read(self, at: Any) -> tuple[Any, Any]:
-        """Scales and zero points of part `at` as they are stored, broadcasting against sums or elements; None without."""
+        """Scales and zero points of part `at` as they are stored, broadcasting against sums or elements; or None."""
         if self.spread:
             return self._spread(self.scale_ref, at), None if self.zero_ref is None else self._spread(self.zero_ref, at)
         block = at * self.size // self.weight.group if self.weight.group else 0

@@ -138,7 +138,9 @@ def test_the_packed_upcast_is_the_plain_one_for_every_word(bits, dtype):
             z = jnp.asarray(zero, jnp.float32).astype(dtype)
             offset = np.asarray(jnp.asarray(-{2: 128, 4: 1024}[2 if dtype == jnp.bfloat16 else 4], dtype) - z)
             twice = np.full(pairs.shape, int(offset.view(np.uint16)) * 0x10001, np.uint32)
-            got = run_ptx(packed.int_asm(bits, lane, False, dtype), {"$1": pairs, "$2": twice})["$0"].view(np.dtype(dtype))
+            got = run_ptx(packed.int_asm(bits, lane, False, dtype), {"$1": pairs, "$2": twice})["$0"].view(
+                np.dtype(dtype)
+            )
             np.testing.assert_array_equal(got, upcast.integers(codes, bits, z, dtype))
 
 
