@@ -115,7 +115,8 @@ def static(name: str, args: argparse.Namespace) -> str:
     [k] = program.named("decode_attention")
     rows = (args.batch, args.kv_heads, args.heads // args.kv_heads, args.head_dim)
     stores = [parts.Coded(*s) for s in (cache.keys, cache.values)]
-    t = parts.choose(parts.problem(rows, *stores, cache.capacity, 1 << 20), args.device, gpu(args.device))
+    layouts = kernel.layout(cache.format.keys), kernel.layout(cache.format.values)
+    t = parts.choose(parts.problem(rows, *stores, layouts, cache.capacity, 1 << 20), args.device, gpu(args.device))
     steps = math.ceil(cache.capacity / t.block / t.splits)
     read = k.bytes_of_step() * steps * k.blocks / cache_bytes(cache)
     held = cache_bytes(cache)

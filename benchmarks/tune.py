@@ -30,6 +30,7 @@ from clock import compiled, kernel_times
 
 from jquant.kv_cache import kernel
 from pallas_kernels.decode_attention import Coded, Rules, decode_attention, normalized, reference
+from pallas_kernels.decode_attention import attention as parts
 from pallas_kernels.decode_attention import tilings as attention_tilings
 from pallas_kernels.gpus import gpu
 from pallas_kernels.low_precision_matmul import low_precision_matmul
@@ -50,7 +51,7 @@ class Case(NamedTuple):
     """A problem: its sizes, its options, the argument that stays, those that take turns, and the result that is right."""
 
     name: str
-    sizes: dict[str, int]
+    sizes: dict[str, int | str]
     options: list[Option]
     fixed: Any
     moving: list[Any]
@@ -69,7 +70,7 @@ def weights(args: argparse.Namespace) -> Iterator[Case]:
         if m > 64:
             options += [Option(f"decoded {tuple(t)}", partial(_written, f, t)) for t in DECODE]
         options.append(Option("XLA decoded", partial(_decoded, f)))
-        sizes = {"bits": element(f.element).bits, "group": f.group or 0, "rows": m, "n": n, "k": k}
+        sizes = tilings.sizes(tilings.Problem(1, m, n, k, element(f.element).bits, 1, f.group or k))
         yield Case(f"{name} {m}x{n}x{k}", sizes, options, x, copies, want, products.roofline(f, m, n, k, g))
 
 
@@ -93,8 +94,8 @@ def weight_tilings(f: products.Format, m: int, n: int, k: int, args: argparse.Na
     """All that may be fast: 16 to 64 rows of the weight for a warp, programs for every core at a time."""
     rows, few = max(16, min(128, 1 << max(m - 1, 0).bit_length())), m <= tilings.FEW
     sizes = itertools.product(
-        (rows,) if few else (64, 128, 256), (32, 64, 128, 256), (64, 128, 256, 512), (1, 2, 4, 8, 16) if few else (1,),
-        (1, 2, 4, 8), (2, 3, 4, 5), (False, True) if rows > 16 and f.group else (False,),
+        (rows,) if few else (64, 128, 256), (32, 64, 128, 256), (128, 256, 512) if few else (32, 64, 128),
+        (1, 2, 4, 8, 16) if few else (1,), (1, 2, 4, 8), (2, 3, 4), (False, True) if rows > 16 and f.group else (False,),
     )  # fmt: skip
     p = tilings.Problem(1, m, n, k, element(f.element).bits, 1, f.group or k)
     cores, room = gpu(args.device).cores, gpu(args.device).shared_per_block
@@ -143,15 +144,10 @@ def caches(args: argparse.Namespace) -> Iterator[Case]:
         want = jax.jit(partial(_cached, reference.decode_attention, {}))(q, copies[0])
         run = lambda t: partial(_cached, decode_attention, {"tiling": t})
         options = [Option(f"{tuple(t)}", run(t), t) for t in attention_options(args)]
-        per_token = round(cached.cache_bytes(shapes) / (args.batch * 8 * args.length))
-        doubled = int(name in ("float32", "float16"))
-        sequences = {
-            "bytes": per_token,
-            "dim": 128,
-            "doubled": doubled,
-            "sequences": args.batch * 8,
-            "length": args.length,
-        }
+        stores = [Coded(*s) for s in (shapes.keys, shapes.values)]
+        layouts = kernel.layout(shapes.format.keys), kernel.layout(shapes.format.values)
+        p = parts.problem((args.batch, 8, 4, 128), *stores, layouts, args.length, 1 << 20)
+        sequences = {**attention_tilings.sizes(p), "sequences": args.batch * 8, "length": args.length}
         yield Case(f"{name} {args.batch}x{args.length}", sequences, options, q, copies, want, floor)
 
 
@@ -204,7 +200,7 @@ def measure(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def write(kernel: str, device: str, sizes: dict[str, int], best: dict[str, Any]) -> None:
+def write(kernel: str, device: str, sizes: dict[str, int | str], best: dict[str, Any]) -> None:
     """Puts the tiling into pallas_kernels/tuned.json."""
     known = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     rows = known.setdefault(device, {}).setdefault(kernel, [])

@@ -43,7 +43,7 @@ def pytest_runtest_call(item: pytest.Item):
     """
     standard = item.get_closest_marker("standard_promotion")
     as_users = {"slow", "optimized"} & {m.name for m in item.iter_markers()}
-    jax.config.update("jax_disable_most_optimizations", not as_users)
+    jax.config.update("jax_disable_most_optimizations", not as_users and jax.default_backend() == "cpu")
     with contextlib.nullcontext() if standard else jax.numpy_dtype_promotion("strict"):
         return (yield)
 

@@ -75,7 +75,7 @@ def decode_attention(
         raise ValueError(f"decode_attention: no kernel: {reason}; use reference.decode_attention")
     slots = keys.codes[0].shape[2] if table is None else table.shape[1] * rules.page_size
     largest = triton.largest_block(rules.page_size)
-    t = tiling or choose(problem(q.shape, keys, values, slots, largest), device, gpu(device))
+    t = tiling or choose(problem(q.shape, keys, values, layouts, slots, largest), device, gpu(device))
     if t.block < 16 or t.block & (t.block - 1) or t.block > largest:
         raise ValueError(f"decode_attention: block {t.block} must be a power of two from 16 to {largest}")
     views = triton.view_of(keys, layouts[0], dim), triton.view_of(values, layouts[1], dim, max(16, 8 * t.warps))
@@ -113,10 +113,13 @@ def _ranges(at: jax.Array, end: jax.Array, written: jax.Array, slots: int, rules
     return jnp.stack([low, high, end, written], axis=1).astype(jnp.int32)
 
 
-def problem(q: tuple[int, ...], keys: Coded, values: Coded, slots: int, largest: int) -> Problem:
+def problem(
+    q: tuple[int, ...], keys: Coded, values: Coded, layouts: tuple[Layout, Layout], slots: int, largest: int
+) -> Problem:
     """What a tiling is chosen for: `q` is the queries' shape."""
     batch, kv_heads, rows, dim = q
     arrays = [a for c in (keys, values) for a in (*c.codes, c.scale, c.zero_point) if a is not None]
     per_token = sum(a.dtype.itemsize * a.size / (keys.codes[0].size // keys.codes[0].shape[-1]) for a in arrays)
     doubled = any(c.codes[0].dtype in (jnp.float32, jnp.float16) for c in (keys, values))
-    return Problem(batch, kv_heads, rows, slots, dim, per_token, largest, doubled)
+    style = "/".join(triton.view_of(c, layout, dim).scales for c, layout in zip((keys, values), layouts))
+    return Problem(batch, kv_heads, rows, slots, dim, per_token, largest, doubled, style)

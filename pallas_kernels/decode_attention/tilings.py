@@ -32,6 +32,7 @@ class Problem(NamedTuple):
       token_bytes: of keys and values of a token and head, scales included.
       largest: slots of a block at most.
       doubled: whether an element is the sum of two numbers, in registers.
+      style: where scales of keys and values are multiplied (`triton.View.scales`), with "/" between.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class Problem(NamedTuple):
     token_bytes: float
     largest: int
     doubled: bool = False
+    style: str = ""
 
 
 # Of a warp, for each channel of a token: about what the kernels have been compiled to (50 for 128 channels).
@@ -50,13 +52,17 @@ INSTRUCTIONS = 0.4
 
 def choose(p: Problem, device: str, gpu: Gpu) -> Tiling:
     """The tiling of a problem: that of the nearest one that was tuned on the device, else the model's below."""
-    sizes = {"bytes": round(p.token_bytes * 128 / p.dim), "dim": p.dim, "doubled": int(p.doubled)}
-    found = tuned.nearest(device, "decode_attention", sizes)
+    found = tuned.nearest(device, "decode_attention", sizes(p))
     adapted = None if found is None else adapt(p, found, gpu)
     if adapted is not None:
         return adapted
     options = [t for t in _candidates(p) if shared_bytes(p, t) <= gpu.shared_per_block]
     return min(options, key=lambda t: (seconds(p, t, gpu), t.splits, -t.block))
+
+
+def sizes(p: Problem) -> dict[str, int | str]:
+    """What a row of `tuned.table` is found by."""
+    return {"bytes": round(p.token_bytes * 128 / p.dim), "dim": p.dim, "doubled": int(p.doubled), "style": p.style}
 
 
 def adapt(p: Problem, row: dict[str, Any], gpu: Gpu) -> Tiling | None:

@@ -326,6 +326,11 @@ def _kernel(
         plt.store(to, _sum_two(part_of), mask=both)
 
 
+def _or_nan(values: jax.Array, codes: jax.Array) -> jax.Array:
+    """The values of codes of e4m3, NaN where a code is."""
+    return jnp.where((codes & np.uint16(0x7F)) == np.uint16(0x7F), jnp.asarray(jnp.nan, values.dtype), values)
+
+
 def _columns(first: int, size: int, end: int) -> Any:
     """A slice that may reach over the end (what lies there is masked): Pallas refuses one whose ends it knows."""
     return pl.ds(first if first + size <= end else jnp.int32(first), size)
@@ -520,8 +525,7 @@ class _Reader(NamedTuple):
         else:
             out = [self._plain(upcast.lane_codes(words, e.bits, lane), e, zeros[lane]) for lane in lanes]
         if e.storage == "float8_e4m3fn" and view.scales == "none":  # elsewhere the scale says it
-            bad = (words[0] & np.uint8(0x7F)) == np.uint8(0x7F)
-            out = [jnp.where(bad, jnp.asarray(jnp.nan, BFLOAT16), o) for o in out]
+            out = [_or_nan(o, upcast.lane_codes(words, e.bits, lane)) for lane, o in enumerate(out)]
         if view.scales in ("element", "channel"):
             scale = self.numbers(small[0][0], BFLOAT16)
             out = [upcast.times(o, self._over(scale, lane, o.shape), BFLOAT16) for lane, o in enumerate(out)]

@@ -37,7 +37,8 @@ def quantized_matmul(
 ) -> jax.Array:
     """`triton.quantized_matmul` of many rows of 16-bit activations: `decode`, and XLA's product with float32 sums."""
     how: dict[str, Any] = dict(
-        element=element, group_size=group_size, k=x.shape[-1], dtype=x.dtype, device=device, interpret=interpret)
+        element=element, group_size=group_size, k=x.shape[-1], dtype=x.dtype, device=device, interpret=interpret
+    )
     w = decode(planes, scale, zero_point, **how)
     batch = tuple(range(w.ndim - 2))
     numbers = (((x.ndim - 1,), (w.ndim - 1,)), (batch, batch))

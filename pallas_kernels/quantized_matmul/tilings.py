@@ -61,7 +61,7 @@ FEW = 128  # rows of activations; for more, the weight is written out once and m
 
 def choose(p: Problem, device: str, gpu: Gpu) -> Tiling:
     """The tiling of a problem: that of the nearest one that was tuned on the device, else the model's below."""
-    found = tuned.nearest(device, "quantized_matmul", _sizes(p)) if p.m <= FEW else None
+    found = tuned.nearest(device, "quantized_matmul", sizes(p)) if p.m <= FEW else None
     adapted = None if found is None else adapt(p, found, gpu)
     if adapted is not None:
         return adapted
@@ -69,7 +69,8 @@ def choose(p: Problem, device: str, gpu: Gpu) -> Tiling:
     return min(options, key=lambda t: (seconds(p, t, gpu), t.split_k, t.block_m * t.block_n))
 
 
-def _sizes(p: Problem) -> dict[str, int]:
+def sizes(p: Problem) -> dict[str, int | str]:
+    """What a row of `tuned.table` is found by."""
     return {"bits": p.bits, "group": 0 if p.group >= p.k else p.group, "rows": p.m, "n": p.n, "k": p.k}
 
 

@@ -10,6 +10,11 @@ from pallas_kernels.quantized_matmul import reference
 from pallas_kernels.quantized_matmul.elements import element, values
 
 
+def interpreted() -> bool:
+    """Whether the tests run kernels in Pallas' interpreter: everywhere but on a GPU (`make test-gpu`)."""
+    return jax.default_backend() != "gpu"
+
+
 class Case(NamedTuple):
     """One product: activations, codes, scales, zero points."""
 

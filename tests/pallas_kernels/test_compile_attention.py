@@ -36,7 +36,7 @@ def compiled(name, dim, rows, device="h100", **rules):
         shape((B, rows), jnp.int32), shape((B,), jnp.int32),
     )  # fmt: skip
     [kernel] = program.named("decode_attention")
-    t = parts.choose(parts.problem((B, K, rows, dim), keys, values, T, 1 << 20), device, gpu(device))
+    t = parts.choose(parts.problem((B, K, rows, dim), keys, values, how["layouts"], T, 1 << 20), device, gpu(device))
     return kernel, (keys, values), t
 
 

@@ -1,4 +1,4 @@
-"""The numbers of flash decoding over quantized codes, in Pallas' interpreter, against float64.
+"""The numbers of flash decoding over quantized codes, in Pallas' interpreter (on a GPU: its own), against float64.
 
 Queries and weights are sums of two bfloat16 numbers (to 2^-17), codes and sums exact to float32. So a score is right to
 a few 2^-17 of the sum of its absolute terms, and the result to that of its own, times what the scores' errors do.
@@ -17,6 +17,7 @@ from pallas_kernels.decode_attention import Coded, Tiling, decode_attention, nor
 from pallas_kernels.decode_attention.layout import Layout
 from pallas_kernels.quantized_matmul.elements import ELEMENTS
 from tests.pallas_kernels.attention_cases import KINDS, Case, exact, make
+from tests.pallas_kernels.cases import interpreted
 
 EXACT, ROUNDED = 2.0**-17, 2.0**-9
 SMALL = Tiling(block=32, splits=2, warps=1, stages=1)
@@ -31,7 +32,7 @@ def some(names, quick) -> list:
 
 
 def run(case: Case, tiling=SMALL, **options):
-    return decode_attention(*case.arrays, **case.options, **{"interpret": True, "tiling": tiling, **options})
+    return decode_attention(*case.arrays, **case.options, **{"interpret": interpreted(), "tiling": tiling, **options})
 
 
 def check(case: Case, unit: float = EXACT, state=None, **options) -> None:
@@ -175,7 +176,7 @@ def test_the_reference_is_right(name):
 def test_vmap_is_one_more_axis():
     """Layers, say: the same numbers as one after the other."""
     cases = [make("int8", lengths=(50, 20), seed=seed) for seed in (0, 1)]
-    f = lambda *arrays: decode_attention(*arrays, **cases[0].options, interpret=True, tiling=SMALL)
+    f = lambda *arrays: decode_attention(*arrays, **cases[0].options, interpret=interpreted(), tiling=SMALL)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *(c.arrays for c in cases))
     got = jax.vmap(f)(*stacked)
     for i, case in enumerate(cases):

@@ -1,4 +1,7 @@
-"""Products of 8-bit codes, in Pallas' interpreter, against float64: int8 sums are exact, fp8 sums float32."""
+"""Products of 8-bit codes, in Pallas' interpreter (on a GPU: its own), against float64.
+
+int8 sums are exact, fp8 sums float32.
+"""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -8,6 +11,7 @@ import pytest
 
 from pallas_kernels.low_precision_matmul import low_precision_matmul, reference
 from pallas_kernels.quantized_matmul import Tiling
+from tests.pallas_kernels.cases import interpreted
 
 SMALL = Tiling(block_m=16, block_n=16, block_k=32, warps=1, stages=1)
 
@@ -21,7 +25,8 @@ def operands(dtype, m, n, k, group=None, seed=0):
 
 
 def check(args, group=None, tiling=SMALL, **options):
-    got = low_precision_matmul(*args, group_size=group, out_dtype=jnp.float32, tiling=tiling, interpret=True, **options)
+    how = dict(group_size=group, out_dtype=jnp.float32, tiling=tiling, interpret=interpreted())
+    got = low_precision_matmul(*args, **how, **options)
     wide = [np.asarray(a.astype(jnp.float32), np.float64) for a in args]
     block = np.zeros(wide[0].shape[1], int) if group is None else np.arange(wide[0].shape[1]) // group
     a, b = wide[0] * wide[2][:, block], wide[1] * wide[3][:, block]
@@ -56,7 +61,7 @@ def test_int8_sums_do_not_round():
     a, b = jnp.full((1, 2048), 127, jnp.int8), jnp.full((1, 2048), 127, jnp.int8).at[0, 0].set(126)
     one = jnp.ones((1, 1), jnp.float32)
     got = low_precision_matmul(
-        a, b, one, one, out_dtype=jnp.float32, interpret=True, tiling=SMALL._replace(block_k=128)
+        a, b, one, one, out_dtype=jnp.float32, interpret=interpreted(), tiling=SMALL._replace(block_k=128)
     )
     assert float(got[0, 0]) == np.float32(127 * 127 * 2047 + 127 * 126)
 
@@ -65,11 +70,11 @@ def test_scales_of_a_whole_tensor_are_spread():
     a, b, _, _ = operands("int8", 3, 5, 32)
     one = jnp.full((1, 1), 0.5, jnp.float32)
     check((a, b, jnp.broadcast_to(one, (3, 1)), jnp.broadcast_to(one, (5, 1))))
-    got = low_precision_matmul(a, b, one, one, out_dtype=jnp.float32, interpret=True, tiling=SMALL)
+    got = low_precision_matmul(a, b, one, one, out_dtype=jnp.float32, interpret=interpreted(), tiling=SMALL)
     np.testing.assert_array_equal(
         got,
         low_precision_matmul(
-            a, b, *(jnp.full((r, 1), 0.5) for r in (3, 5)), out_dtype=jnp.float32, interpret=True, tiling=SMALL
+            a, b, *(jnp.full((r, 1), 0.5) for r in (3, 5)), out_dtype=jnp.float32, interpret=interpreted(), tiling=SMALL
         ),
     )
 

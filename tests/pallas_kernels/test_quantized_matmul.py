@@ -1,4 +1,4 @@
-"""The numbers of the Triton kernels, in Pallas' interpreter, against float64.
+"""The numbers of the Triton kernels, in Pallas' interpreter (on a GPU: its own), against float64.
 
 Where scales multiply sums, codes are exact and the error is that of float32 sums. Where they multiply elements (a step
 of the loop spans several groups), and for tables, elements are rounded to the dtype of the activations. Errors are in
@@ -14,7 +14,7 @@ import pytest
 
 from pallas_kernels.quantized_matmul import Tiling, decode, quantized_matmul, reference
 from pallas_kernels.quantized_matmul.tilings import FEW
-from tests.pallas_kernels.cases import Case, exact, make
+from tests.pallas_kernels.cases import Case, exact, interpreted, make
 
 SUMS = 1e-6  # float32 sums of at most a few hundred terms
 SMALL = Tiling(block_m=16, block_n=16, block_k=32, warps=1, stages=1)
@@ -22,7 +22,9 @@ SMALL = Tiling(block_m=16, block_n=16, block_k=32, warps=1, stages=1)
 
 def run(case: Case, tiling: Tiling | None = SMALL, **options) -> np.ndarray:
     out = quantized_matmul(
-        *case.arrays, **case.options, **{"out_dtype": jnp.float32, "interpret": True, "tiling": tiling, **options}
+        *case.arrays,
+        **case.options,
+        **{"out_dtype": jnp.float32, "interpret": interpreted(), "tiling": tiling, **options},
     )
     return np.asarray(out, np.float64)
 
@@ -139,7 +141,7 @@ def test_a_weight_is_written_out_as_it_is_dequantized(name, group, scale_dtype, 
     """Rounded once, in rows and blocks that do not divide; tables hold values that are rounded before."""
     case = make(name, 1, 20, 384, group, dtype=dtype, scale_dtype=scale_dtype, asymmetric=name == "int4")
     arrays, tiling = case.arrays[1:], decode.TILING._replace(block_n=16, block_k=256)
-    got = decode.decode(*arrays, **case.options, k=384, dtype=case.x.dtype, tiling=tiling, interpret=True)
+    got = decode.decode(*arrays, **case.options, k=384, dtype=case.x.dtype, tiling=tiling, interpret=interpreted())
     want = np.asarray(
         reference.dequantize(*arrays, case.options["element"], case.options["group_size"], 384), np.float64
     )
@@ -154,7 +156,7 @@ def test_many_rows_are_multiplied_with_the_weight_written_out():
     assert "decode_int4" in text and "quantized_matmul_int4" not in text
     check(case, tolerance=2**-9, tiling=None)
     experts = make("int8", FEW + 1, 8, 64, scale_dtype="float32", lead=(2,))
-    run_one = lambda *a: quantized_matmul(*a, **experts.options, out_dtype=jnp.float32, interpret=True)
+    run_one = lambda *a: quantized_matmul(*a, **experts.options, out_dtype=jnp.float32, interpret=interpreted())
     got = np.asarray(jax.vmap(run_one)(*experts.arrays), np.float64)
     want, size = exact(experts)
     assert np.max(np.abs(got - want) / size) < 2**-9
@@ -169,7 +171,7 @@ def test_nothing_is_an_empty_product():
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32, None])
 def test_the_result_is_rounded_to_its_dtype(out_dtype):
     case = make("int8", 3, 20, 64, scale_dtype="float32")
-    out = quantized_matmul(*case.arrays, **case.options, out_dtype=out_dtype, interpret=True, tiling=SMALL)
+    out = quantized_matmul(*case.arrays, **case.options, out_dtype=out_dtype, interpret=interpreted(), tiling=SMALL)
     assert out.dtype == (out_dtype or jnp.bfloat16)
     want = run(case).astype(np.float32)
     np.testing.assert_array_equal(
@@ -192,7 +194,9 @@ def plain(case: Case):
 
 
 def kernel(case: Case):
-    return lambda x, planes, scale: quantized_matmul(x, planes, scale, **case.options, interpret=True, tiling=SMALL)
+    return lambda x, planes, scale: quantized_matmul(
+        x, planes, scale, **case.options, interpret=interpreted(), tiling=SMALL
+    )
 
 
 def close(a, b) -> None:
