@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType
 
+from jquant.ops.platform import on_cuda
 from jquant.ops.shards import on_shards
 
 # A part of a row that a device may hold has whole words of every plane.
@@ -49,7 +50,7 @@ def product(x: Any, w: Any, static: Static) -> jax.Array:
         return (_whole(x, w, static),)
 
     ins, out, sizes = _axes(x, w, static)
-    parted = custom_vmap(on_shards(run, leaves, ins, [out], sizes=sizes, summed="k"))
+    parted = custom_vmap(on_shards(partial(on_cuda, run), leaves, ins, [out], sizes=sizes, summed="k"))
 
     def mapped(size: int, in_batched: Any, *leaves: jax.Array) -> Any:
         x, w = jax.tree.unflatten(tree, leaves)
@@ -102,12 +103,12 @@ def _axes(x: Any, w: Any, static: Static) -> tuple[list[str], str, dict[str, int
     kept = dict(zip("ABCDEFGHIJ", weights[0].shape[:-1]))
     n, unit = inputs[0].shape[-1], math.lcm(static.group_size or 1, _PART)
     names, lead = "".join(kept), "".join(kept)[: static.batch]
-    last = lambda a: "-" if n % unit or a.shape[-1] == 1 else "k"
+    last = lambda a: "-" if n % unit or n == unit or a.shape[-1] == 1 else "k"
 
     def of(a: jax.Array) -> str:
         return "".join(c if size == kept[c] else "-" for c, size in zip(kept, a.shape)) + last(a)
 
-    sizes = kept | {"t": inputs[0].shape[-2]} | ({} if n % unit else {"k": n // unit})
+    sizes = kept | {"t": inputs[0].shape[-2], "k": max(1, n // unit)}
     ins = [*(f"{lead}t{last(a)}" for a in inputs), *map(of, weights)]
     return ins, f"{lead}t{names[static.batch :]}", sizes
 

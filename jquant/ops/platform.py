@@ -1,0 +1,48 @@
+"""Kernels in programs that are lowered for several platforms at once, as `jax.export` does.
+
+`lax.platform_dependent` chooses a branch, but JAX lowers what is in a branch for every platform of the program, and a
+kernel for NVIDIA GPUs can't be lowered for any other. Rules of a primitive are lowered for their own platform alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax.interpreters import batching, mlir
+
+_kernel = jex.Primitive("kernel")
+_kernel.multiple_results = True
+
+
+def on_cuda(fn: Callable[..., Any], *args: jax.Array) -> Any:
+    """`fn(*args)`, a tuple of arrays, with a rule for vmap but none for a derivative.
+
+    In a program for several platforms it is zeros on all but NVIDIA GPUs, where a branch that is not taken has it.
+    """
+    return tuple(_kernel.bind(*args, fn=fn))
+
+
+def _shapes(*args: Any, fn: Callable[..., Any]) -> list[Any]:
+    out = jax.eval_shape(fn, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args))
+    return [jax.core.ShapedArray(a.shape, a.dtype) for a in out]
+
+
+def _batched(args: Any, dims: Any, *, fn: Callable[..., Any]) -> Any:
+    axes = [None if d is batching.not_mapped else d for d in dims]
+    outs = on_cuda(jax.vmap(fn, axes), *args)
+    return outs, [0] * len(outs)
+
+
+def _elsewhere(ctx: Any, *args: Any, fn: Callable[..., Any]) -> Any:
+    if ctx.platforms is None:  # the only platform: what can't be lowered says so itself
+        return mlir.lower_fun(fn)(ctx, *args)
+    return mlir.lower_fun(lambda *_: [jnp.zeros(a.shape, a.dtype) for a in ctx.avals_out])(ctx, *args)
+
+
+_kernel.def_impl(lambda *args, fn: fn(*args))
+_kernel.def_abstract_eval(_shapes)
+batching.primitive_batchers[_kernel] = _batched
+mlir.register_lowering(_kernel, _elsewhere)
+mlir.register_lowering(_kernel, lambda ctx, *args, fn: mlir.lower_fun(fn)(ctx, *args), platform="cuda")
