@@ -30,7 +30,7 @@ def _shapes(*args: Any, fn: Callable[..., Any]) -> list[Any]:
 
 
 def _batched(args: Any, dims: Any, *, fn: Callable[..., Any]) -> Any:
-    axes = [None if d is batching.not_mapped else d for d in dims]
+    axes = [d if isinstance(d, int) else None for d in dims]
     outs = on_cuda(jax.vmap(fn, axes), *args)
     return outs, [0] * len(outs)
 
