@@ -71,8 +71,8 @@ class ExecuteReader:
             self._note(use, frame, False, How(text, reason=text), rounds)
             args = rounding.round_args(use, self.clip) if rounds else use.args
             return compat.bind(use.eqn, *[a.array() if isinstance(a, Ref) else a for a in args])
-        rounds = use.kind == "dot" and q.activation is not None
-        if rounds or (self.train and use.kind == "dot"):
+        rounds = use.kind != "lookup" and q.activation is not None
+        if use.kind == "dot" and (rounds or self.train):
             out, how = rounding.straight_dot(use, runner, self.clip)
         else:
             out, how = runner(use)
@@ -81,7 +81,8 @@ class ExecuteReader:
 
     def _runner(self, kind: str) -> rounding.Runner | None:
         run_dot: rounding.Runner = functools.partial(_run_dot, kernels=self.kernels)
-        return {"dot": run_dot, "lookup": _run_lookup}.get(kind)
+        run_ragged: rounding.Runner = functools.partial(_run_ragged, kernels=self.kernels, clip=self.clip)
+        return {"dot": run_dot, "lookup": _run_lookup, "ragged_dot": run_ragged}.get(kind)
 
     def read(self, ref: Ref, eqn: Any, frame: interpreter.Frame) -> Any:
         text = f"read by {eqn.primitive.name}: dequantized there"
@@ -123,6 +124,18 @@ def _run_dot(use: Use, kernels: str) -> tuple[jax.Array, How]:
             preferred=params["preferred_element_type"], kernels=kernels,
         )  # fmt: skip
     return rounding.dot_result(use, out), ran
+
+
+def _run_ragged(use: Use, kernels: str, clip: bool) -> tuple[jax.Array, How]:
+    """The input is rounded in floats, each row with the range of its expert; the products are those of its values."""
+    args = rounding.round_args(use, clip) if rounding.rounds_in_float(use) else use.args
+    array = lambda q: use.ref.replace(value=q).array()
+    plain = lambda x, q, sizes: compat.bind(use.eqn, x, array(q), sizes)[0]
+    params = use.eqn.params
+    return ops.ragged.dot(
+        args[0], use.ref.value, args[2], plain, cast=use.ref.cast, precision=params["precision"],
+        preferred=params["preferred_element_type"], kernels=kernels,
+    )  # fmt: skip
 
 
 def _run_lookup(use: Use) -> tuple[jax.Array, How]:
