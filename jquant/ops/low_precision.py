@@ -142,10 +142,10 @@ def _name(kind: str, act: Activation, q: QTensor) -> str:
     if kind == "float":
         zero = "" if q.format.zero_dtype == "uint8" else " and its zero points between codes"
         return f"input rounded, product in float: there is none of {act.element} with {q.format.element}{zero}"
-    words = {"int": "int8 x int8 -> int32", "fp8": "fp8 x fp8 -> float32"}[kind]
+    text = {"int": "int8 x int8 -> int32", "fp8": "fp8 x fp8 -> float32"}[kind]
     if q.format.blocks(q.row_length) > 1:
-        return f"{words} in groups of {q.format.group_size}; on a CPU codes decoded into a float32 product"
-    return words + ("; on a CPU the same products in bfloat16" if kind == "fp8" else "")
+        return f"{text} in groups of {q.format.group_size}; on a CPU codes decoded into a float32 product"
+    return text + ("; on a CPU the same products in bfloat16" if kind == "fp8" else "")
 
 
 # --- the products: (input codes, its zero point, weight, batch axes) -> float32, without the input's scale ---

@@ -188,6 +188,10 @@ def quantized(apply: Callable[..., Any], *, kernels: str = "auto") -> Callable[.
     int8 x int8 -> int32, fp8 x fp8 -> float32, the scales applied to the sums. The derivative goes straight through the
     rounding, but not where an input is beyond its static range. Products of two activations (attention) stay in float.
 
+    A program with kernels is exported by `jax.export`, for several platforms too, with
+    `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]`; one for several devices only
+    with kernels="never".
+
     Args:
       apply: `apply(params, *args, **kwargs)`, pure.
       kernels: what a program lowered for an NVIDIA GPU is made of. "auto": the kernels of `pallas_kernels` where they

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jquant.core.activation import POLICIES
 from jquant.core.errors import TraceError
 from jquant.core.exported import static_from_bytes, static_to_bytes
 from jquant.core.format_type import PRESETS
+from jquant.ops.platform import on_cuda
 from tests.models.cases import CONFIGS, make_params, make_tokens
 from tests.ops.test_gpu import TARGET
 
@@ -89,6 +91,17 @@ def test_other_leaves_are_written_too():
     tied = jq.PerUse(params["w"], lookup=jnp.ones(8), product=None)
     program = exported(lambda p, i: p.value[i], ("cpu",), tied, 1)
     np.testing.assert_array_equal(program.call(tied, 1), params["w"][1])
+
+
+def test_what_is_for_gpus_is_itself_where_nothing_else_is_lowered():
+    """Under jit, vmap and alone; the branch of another platform is never taken."""
+    f, a, b = partial(on_cuda, lambda a, b: (a @ b, a + 1)), jnp.ones((4, 2, 3)), jnp.ones((3, 5))
+    for got in (f(a, b), jax.jit(f)(a, b), jax.vmap(jax.vmap(f, (0, None)), (0, None))(a, b)):
+        np.testing.assert_array_equal(got[0], a @ b)
+        np.testing.assert_array_equal(got[1], a + 1)
+    choose = lambda a, b: jax.lax.platform_dependent(a, b, cuda=f, default=lambda a, b: (a @ b * 2, a))
+    program = jax.export.export(jax.jit(choose), platforms=("cpu", "cuda"))(a, b)
+    np.testing.assert_array_equal(program.call(a, b)[0], a @ b * 2)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")

@@ -14,6 +14,8 @@ from jquant.core.activation import Activation, Policy, encode_input
 from jquant.core.formats import Format
 from jquant.ops import choice, gpu_codes
 from jquant.ops import low_precision as lp
+from pallas_kernels import harness
+from pallas_kernels.gpus import gpu
 from pallas_kernels.low_precision_matmul.reference import low_precision_matmul as reference
 from tests.ops.test_gpu import kernels
 from tests.ops.test_low_precision import INPUTS, decoded, inputs, weight
@@ -239,3 +241,27 @@ def test_a_model_of_rounded_inputs_is_kernels():
         assert [bool(r.kernel) for r in jq.explain(apply, q, x)] == [True, True]
         assert kernels(jq.quantized(apply), q, x) == 2
         assert kernels(jq.quantized(apply), q, x, platform="cpu") == 0
+
+
+# --- compiled for GPUs that are not there ---
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not()))
+@pytest.mark.parametrize(
+    "device, fmt, act, tokens, name",
+    [
+        ("h100", Format("int8", symmetric=False), INPUTS[1], 1, "low_precision"),
+        ("h100", INT8, INPUTS[1], 256, "low_precision"), ("a100", INT8, DYNAMIC, 256, "low_precision"),
+        ("h100", Format("int4", 128), DYNAMIC, 1, "quantized"), ("a100", FP8, FP8_INPUT, 16, "quantized"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_programs_with_rounded_inputs_compile_without_spills(device, fmt, act, tokens, name):
+    """Rounding, kernel, zero points and all; fp8 also for a GPU that has no products of it."""
+    q = jax.eval_shape(lambda: weight(fmt, act, (512, 1024)))
+    x = jax.ShapeDtypeStruct((tokens, 1024), jnp.bfloat16)
+    program = harness.compile_for(device, lambda x, q: dot(x, q, out_dtype=jnp.bfloat16), x, q)
+    [kernel] = program.named(f"{name}_matmul")
+    assert kernel.spill_bytes == 0 and kernel.shared_bytes <= gpu(device).shared_per_block
+    assert not re.search(r"= (bf16|f16|f32)\[(512,1024|1024,512)\]", program.hlo)  # no float copy of the weight
