@@ -101,7 +101,7 @@ def _axes(x: Any, w: Any, static: Static) -> tuple[list[str], str, dict[str, int
     """
     inputs, weights = jax.tree.leaves(x), jax.tree.leaves(w)
     kept = dict(zip("ABCDEFGHIJ", weights[0].shape[:-1]))
-    n, unit = inputs[0].shape[-1], math.lcm(static.group_size or 1, _PART)
+    n, unit = inputs[0].shape[-1], unit_of(static.group_size)
     names, lead = "".join(kept), "".join(kept)[: static.batch]
     last = lambda a: "-" if n % unit or n == unit or a.shape[-1] == 1 else "k"
 
@@ -111,6 +111,11 @@ def _axes(x: Any, w: Any, static: Static) -> tuple[list[str], str, dict[str, int
     sizes = kept | {"t": inputs[0].shape[-2], "k": max(1, n // unit)}
     ins = [*(f"{lead}t{last(a)}" for a in inputs), *map(of, weights)]
     return ins, f"{lead}t{names[static.batch :]}", sizes
+
+
+def unit_of(group_size: int | None) -> int:
+    """Elements of a row at whose multiples it may be cut."""
+    return math.lcm(group_size or 1, _PART)
 
 
 def explicit(*arrays: Any) -> bool:

@@ -12,8 +12,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.interpreters import batching, mlir
 
-_kernel = jex.Primitive("kernel")
-_kernel.multiple_results = True
+_function = jex.Primitive("function")
+_function.multiple_results = True
 
 
 def on_cuda(fn: Callable[..., Any], *args: jax.Array) -> Any:
@@ -21,28 +21,37 @@ def on_cuda(fn: Callable[..., Any], *args: jax.Array) -> Any:
 
     In a program for several platforms it is zeros on all but NVIDIA GPUs, where a branch that is not taken has it.
     """
-    return tuple(_kernel.bind(*args, fn=fn))
+    return tuple(_function.bind(*args, fn=fn, only_cuda=True))
 
 
-def _shapes(*args: Any, fn: Callable[..., Any]) -> list[Any]:
+def opaque(fn: Callable[..., Any], *args: jax.Array) -> Any:
+    """`fn(*args)` as one equation, on all platforms: in its trace there are no constants, whatever `fn` reads."""
+    return tuple(_function.bind(*args, fn=fn, only_cuda=False))
+
+
+def _shapes(*args: Any, fn: Callable[..., Any], only_cuda: bool) -> list[Any]:
     out = jax.eval_shape(fn, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args))
     return [jax.core.ShapedArray(a.shape, a.dtype) for a in out]
 
 
-def _batched(args: Any, dims: Any, *, fn: Callable[..., Any]) -> Any:
+def _batched(args: Any, dims: Any, *, fn: Callable[..., Any], only_cuda: bool) -> Any:
     axes = [d if isinstance(d, int) else None for d in dims]
-    outs = on_cuda(jax.vmap(fn, axes), *args)
+    outs = _function.bind(*args, fn=jax.vmap(fn, axes), only_cuda=only_cuda)
     return outs, [0] * len(outs)
 
 
-def _elsewhere(ctx: Any, *args: Any, fn: Callable[..., Any]) -> Any:
-    if ctx.platforms is None:  # the only platform: what can't be lowered says so itself
+def _elsewhere(ctx: Any, *args: Any, fn: Callable[..., Any], only_cuda: bool) -> Any:
+    if ctx.platforms is None or not only_cuda:  # of the only platform: what can't be lowered says so itself
         return mlir.lower_fun(fn)(ctx, *args)
     return mlir.lower_fun(lambda *_: [jnp.zeros(a.shape, a.dtype) for a in ctx.avals_out])(ctx, *args)
 
 
-_kernel.def_impl(lambda *args, fn: fn(*args))
-_kernel.def_abstract_eval(_shapes)
-batching.primitive_batchers[_kernel] = _batched
-mlir.register_lowering(_kernel, _elsewhere)
-mlir.register_lowering(_kernel, lambda ctx, *args, fn: mlir.lower_fun(fn)(ctx, *args), platform="cuda")
+def _cuda(ctx: Any, *args: Any, fn: Callable[..., Any], only_cuda: bool) -> Any:
+    return mlir.lower_fun(fn)(ctx, *args)
+
+
+_function.def_impl(lambda *args, fn, only_cuda: fn(*args))
+_function.def_abstract_eval(_shapes)
+batching.primitive_batchers[_function] = _batched
+mlir.register_lowering(_function, _elsewhere)
+mlir.register_lowering(_function, _cuda, platform="cuda")

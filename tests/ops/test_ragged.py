@@ -1,5 +1,6 @@
 """`lax.ragged_dot` on codes: the product of each row with its expert, and how much is decoded for it."""
 
+import re
 from functools import partial
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jquant as jq
 from jquant.core.activation import Activation
@@ -18,7 +21,7 @@ from jquant.ops import ragged
 from jquant.ops.dot import dot as dense_dot
 from jquant.ops.low_precision import round_input
 from tests.model_bank import quick
-from tests.ops.test_gpu import kernels
+from tests.ops.test_gpu import TARGET, kernels
 
 K, N = 40, 6
 
@@ -142,6 +145,7 @@ def test_on_a_gpu_experts_are_kernels(m):
     [ran] = jq.explain(apply, q, x, sizes)
     assert ran.fused and "quantized_matmul" in ran.kernel and ran.how.startswith("expert by expert")
     assert kernels(run, q, x, sizes) == 1
+    close(jq.quantized(apply, kernels="require")(q, x, sizes), exact(x, q, sizes))  # outside of jit
     assert kernels(jq.quantized(apply, kernels="never"), q, x, sizes) == kernels(run, q, x, sizes, platform="cpu") == 0
     [none] = jq.explain(apply, weight("ternary"), inputs(m), sizes)
     assert none.fused and not none.kernel and "ternary" in none.reason
@@ -165,6 +169,35 @@ def test_inputs_are_rounded_with_the_range_of_their_expert():
     close(got, exact(round_input(x, act), q, sizes))
     [ran] = jq.explain(apply, q.replace(activation=act), x, sizes)
     assert ran.activation == str(act) and ran.fused
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize("text", ["int4-g32", "int8", "fp8_e4m3-2x32", "nvfp4"])
+@pytest.mark.parametrize("spec", [("data", "model"), ("model", None, "data")])
+def test_each_device_multiplies_by_its_own_experts_and_rows(text, spec):
+    """Experts and rows of their weights, or experts and parts of their rows: only results are sent."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    q, x, sizes = weight(text, 8, n=16, k=128), inputs(20, 128), np.array([3, 0, 4, 1, 0, 0, 5, 4], np.int32)
+
+    def place(a):
+        sizes = [1 if axis is None else mesh.shape[axis] for axis in spec]
+        fits = [axis if s % size == 0 else None for axis, size, s in zip(spec, sizes, a.shape)]
+        return jax.device_put(a, NamedSharding(mesh, P(*fits)))
+
+    compiled = jax.jit(run).lower(jax.tree.map(place, q), jnp.asarray(x), jnp.asarray(sizes)).compile()
+    close(compiled(jax.tree.map(place, q), jnp.asarray(x), jnp.asarray(sizes)), exact(x, q, sizes))
+    gathered = re.findall(r"= (\w+)\[[\d,]*\]\S* (?:all-gather|all-to-all|collective-permute)", compiled.as_text())
+    assert "u8" not in gathered or (text == "nvfp4" and spec[2:])  # scales of two levels are not cut along rows
+    assert "all-reduce" in compiled.as_text()
+
+
+def test_a_program_for_several_platforms():
+    q, x, sizes = weight("int4-g32", k=64), inputs(9, 64), np.array([2, 0, 3, 4], np.int32)
+    program = jax.export.export(
+        jax.jit(run), platforms=("cpu", "cuda"), disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(TARGET)]
+    )(q, x, sizes)
+    assert program.mlir_module().count(TARGET) == 1
+    close(program.call(q, x, sizes), exact(x, q, sizes))
 
 
 def test_nothing_at_all():
