@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,6 +21,8 @@ from jquant.core.side import Side
 from jquant.ops import ragged
 from jquant.ops.dot import dot as dense_dot
 from jquant.ops.low_precision import round_input
+from pallas_kernels import compat, harness
+from pallas_kernels.gpus import gpu
 from tests.model_bank import quick
 from tests.ops.test_gpu import TARGET, kernels
 
@@ -171,6 +174,11 @@ def test_inputs_are_rounded_with_the_range_of_their_expert():
     assert ran.activation == str(act) and ran.fused
 
 
+def sent(text):
+    """Dtypes of what devices send each other, sums apart."""
+    return re.findall(r"= \(?(\w+)\[.*? (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("text", ["int4-g32", "int8", "fp8_e4m3-2x32", "nvfp4"])
 @pytest.mark.parametrize("spec", [("data", "model"), ("model", None, "data")])
@@ -186,8 +194,8 @@ def test_each_device_multiplies_by_its_own_experts_and_rows(text, spec):
 
     compiled = jax.jit(run).lower(jax.tree.map(place, q), jnp.asarray(x), jnp.asarray(sizes)).compile()
     close(compiled(jax.tree.map(place, q), jnp.asarray(x), jnp.asarray(sizes)), exact(x, q, sizes))
-    gathered = re.findall(r"= (\w+)\[[\d,]*\]\S* (?:all-gather|all-to-all|collective-permute)", compiled.as_text())
-    assert "u8" not in gathered or (text == "nvfp4" and spec[2:])  # scales of two levels are not cut along rows
+    # Scales of two levels are not cut along rows.
+    assert "u8" not in sent(compiled.as_text()) or (text == "nvfp4" and len(spec) == 3)
     assert "all-reduce" in compiled.as_text()
 
 
@@ -198,6 +206,23 @@ def test_a_program_for_several_platforms():
     )(q, x, sizes)
     assert program.mlir_module().count(TARGET) == 1
     close(program.call(q, x, sizes), exact(x, q, sizes))
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not()))
+@pytest.mark.parametrize("m", [8, 300])
+def test_compiled_for_four_gpus_no_codes_are_sent_and_no_expert_is_decoded(m):
+    """H100s that are not there, each with two of the experts: a few rows by all of them, many in turn."""
+    mesh = topologies.make_mesh(harness.topology("h100", (1, 1, 4)), (4,), ("expert",))
+    q = jax.eval_shape(lambda: weight("int4-g64", 8, 512, 256).astype(jnp.bfloat16))
+    place = lambda a, *spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*spec)))
+    x, sizes = jax.ShapeDtypeStruct((m, 256), jnp.bfloat16), jax.ShapeDtypeStruct((8,), jnp.int32)
+    with compat.lowering_for(gpu("h100").kind):
+        args = jax.tree.map(lambda a: place(a, "expert"), q), place(x), place(sizes)
+        text = jax.jit(jq.quantized(apply, kernels="require")).lower(*args).compile().as_text()
+    assert text.count(TARGET) == 1
+    assert set(sent(text)) <= {"s32"} and "all-reduce" in text  # where the rows of the experts begin and end
+    assert not re.search(r"= (bf16|f32)\[(\d,)?(512,256|256,512)\]", text)
 
 
 def test_nothing_at_all():
