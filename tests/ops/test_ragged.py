@@ -61,7 +61,7 @@ def close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=3e-6 * (np.abs(want).max() + 1))
 
 
-FORMATS = ["int8", "int4-g16-asym", "int8-tensor", "int4-g8-dq", "fp8_e4m3-2x8", "nvfp4", "int3-g7", "nf4", "ternary"]
+FORMATS = ["int4-g16-asym", "int8-tensor", "int4-g8-dq", "fp8_e4m3-2x8", "nvfp4", "int3-g7"]
 
 
 @pytest.mark.parametrize("text", FORMATS)
@@ -70,7 +70,7 @@ def test_each_row_is_multiplied_by_its_expert(text):
     close(quick(run)(q, x, sizes), exact(x, q, sizes))
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 9), st.integers(0, 9))
 def test_any_sizes(sizes, rest, seed):
     """Experts without rows, all rows at one expert, rows behind the last expert's, blocks that end within one."""
@@ -78,8 +78,7 @@ def test_any_sizes(sizes, rest, seed):
     close(quick(run)(q, x, np.array(sizes, np.int32)), exact(x, q, sizes))
 
 
-@pytest.mark.parametrize("m", [1, 64, 65, 200])
-@pytest.mark.parametrize("experts", [2, 64])
+@pytest.mark.parametrize("m, experts", [(1, 64), (65, 64), (200, 2)])
 def test_blocks_cover_what_they_should(m, experts):
     sizes = np.random.default_rng(0).multinomial(m, np.ones(experts) / experts).astype(np.int32)
     q, x = weight("int8", experts), inputs(m)
@@ -180,8 +179,13 @@ def sent(text):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-@pytest.mark.parametrize("text", ["int4-g32", "int8", "fp8_e4m3-2x32", "nvfp4"])
-@pytest.mark.parametrize("spec", [("data", "model"), ("model", None, "data")])
+@pytest.mark.parametrize(
+    "text, spec",
+    [
+        ("int4-g32", ("data", "model")), ("int4-g32", ("model", None, "data")), ("fp8_e4m3-2x32", ("data", "model")),
+        ("nvfp4", ("model", None, "data")),
+    ],
+)  # fmt: skip
 def test_each_device_multiplies_by_its_own_experts_and_rows(text, spec):
     """Experts and rows of their weights, or experts and parts of their rows: only results are sent."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
