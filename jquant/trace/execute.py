@@ -231,9 +231,7 @@ def _check_kernels(reads: Iterable[Ran]) -> None:
         )
 
 
-def explain(
-    apply: Callable[..., Any], qparams: Any, *args: Any, kernels: str = "auto", **kwargs: Any
-) -> list[Ran]:
+def explain(apply: Callable[..., Any], qparams: Any, *args: Any, kernels: str = "auto", **kwargs: Any) -> list[Ran]:
     """How each read of a quantized parameter in `apply(qparams, *args, **kwargs)` would run, in order; runs nothing.
 
     Args:
