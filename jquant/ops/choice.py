@@ -28,10 +28,10 @@ TABLE: dict[str, tuple[tuple[int | None, tuple[str, ...]], ...]] = {
     # XLA's own product of fp8 is twice as fast as one of bfloat16, if there is enough of it; few rows wait for bytes.
     "fp8": ((64, ("weights",)), (None, ("xla",))),
     # XLA has none whose groups have scales of their own: it would run one product for each group.
-    "fp8 in groups": ((None, ("weights",)),),
+    "fp8 in groups": ((64, ("weights", "codes")), (None, ("codes",))),
 }
-# The kernels of a kind, for a user who wants one in any case. (fp8 codes: their program is not for every GPU.)
-_ANY = {kind: ("weights", "codes") if kind.startswith("int8") else ("weights",) for kind in TABLE}
+# The kernels of a kind, for a user who wants one in any case.
+_ANY = {kind: ("weights",) if kind == "float input" else ("codes", "weights") for kind in TABLE}
 
 
 class How(NamedTuple):

@@ -21,6 +21,8 @@ from pallas_kernels.quantized_matmul.triton import why_not as why_no_kernel
 from pallas_kernels.quantized_matmul.triton import word_bytes
 
 OUT = ("bfloat16", "float16", "float32")
+# Of more rows of 16-bit inputs the product is one with the weight decoded in 16 bits, which rounds it.
+_FEW = 128
 
 
 class Weight(NamedTuple):
@@ -70,6 +72,8 @@ def why_not_exact(x: jax.Array, q: QTensor, batch: Sequence[int], out_dtype: Any
     Scales of small groups multiply the weight's codes, rounded to bfloat16, not the sums.
     """
     bf16, fmt, n = jnp.dtype("bfloat16"), q.format, q.row_length
+    if x.shape[-2] > _FEW:
+        return f"more than {_FEW} rows, for which the kernel of packed codes may round the weight"
     reason = why_not(x, q, batch, bf16, out_dtype, bf16)
     if reason is not None or fmt.blocks(n) == 1:
         return reason

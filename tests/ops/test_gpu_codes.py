@@ -37,7 +37,7 @@ def dot(x, q, **options):
 def test_the_choice_is_that_of_the_table_by_rows():
     assert choice.order("fp8", 1) == choice.order("fp8", 64) == ("weights",)
     assert choice.order("fp8", 65) == ("xla",)
-    assert choice.order("fp8", 65, force=True) == ("weights",)
+    assert choice.order("fp8", 65, force=True) == ("codes", "weights")
     for kind in choice.TABLE:
         for rows in (1, 64, 65, 4096):
             plain, forced = choice.order(kind, rows), choice.order(kind, rows, force=True)
@@ -51,7 +51,7 @@ def test_the_first_that_can_is_taken_and_every_reason_is_told():
     assert choice.pick("int8 x int8", 1, "auto", reasons.get) == ("xla", "no codes; no weights")
     assert choice.pick("int8 x int8", 1, "never", lambda name: None) == ("xla", "none is wanted")
     assert choice.pick("fp8", 4096, "auto", lambda name: None)[0] == "xla"
-    assert choice.pick("fp8", 4096, "require", lambda name: None) == ("weights", "")
+    assert choice.pick("fp8", 4096, "require", lambda name: None) == ("codes", "")
 
 
 def test_a_kernel_whose_numbers_are_not_proven_is_not_taken(monkeypatch):
@@ -69,7 +69,8 @@ def test_a_kernel_whose_numbers_are_not_proven_is_not_taken(monkeypatch):
         (GROUPS, DYNAMIC, 2, "quantized_matmul"), (GROUPS, DYNAMIC, 512, "low_precision_matmul"),
         (Format("int4", 32), DYNAMIC, 2, "low_precision_matmul"), (FP8, FP8_INPUT, 2, "quantized_matmul"),
         (FP8, Activation("fp8_e5m2"), 2, "quantized_matmul"), (FP8, FP8_INPUT, 512, ""),
-        (BLOCKS, FP8_INPUT, 512, "quantized_matmul"), (Format("fp4_e2m1", 64), DYNAMIC, 2, "quantized_matmul"),
+        (BLOCKS, FP8_INPUT, 2, "quantized_matmul"), (BLOCKS, FP8_INPUT, 512, "low_precision_matmul"),
+        (Format("fp4_e2m1", 64), DYNAMIC, 2, "quantized_matmul"),
     ],
     ids=str,
 )  # fmt: skip
@@ -135,7 +136,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fmt, act", [*CASES, (FP8, FP8_INPUT), (Format("int4"), FP8_INPUT)], ids=str)
+@pytest.mark.parametrize(
+    "fmt, act", [*CASES, (BLOCKS, FP8_INPUT), (FP8, FP8_INPUT), (Format("int4"), FP8_INPUT)], ids=str
+)
 def test_the_kernel_of_codes_is_the_product_of_the_decoded_operands(fmt, act):
     """Zero points of either side, of rows and of groups, the last of which is shorter."""
     q, x = weight(fmt, act, (6, N)), inputs(3, N)
@@ -178,13 +181,14 @@ def test_nan_and_infinity_stay_visible():
 @pytest.mark.parametrize(
     "fmt, act, reason",
     [
-        (Format("int4", 16), DYNAMIC, "groups of 16"), (Format("int4", 32), FP8_INPUT, "groups of 32, whose scales"),
+        (Format("int4", 16), DYNAMIC, "groups of 16 are"), (Format("int4", 16), FP8_INPUT, "groups of 16, whose scales"),
         (Format("ternary"), DYNAMIC, "ternary has no kernel"),
+        (FP8, Activation("fp8_e5m2"), "preferred"), (Format("fp8_e4m3", 64), Activation("fp8_e5m2"), "float8_e5m2 x "),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_reason_is_said_where_there_is_no_kernel(fmt, act, reason):
-    q, x = weight(fmt, act, (6, N)), inputs(2, N)
+    q, x = weight(fmt, act, (6, N)), inputs(2 if act != Activation("fp8_e5m2") else 200, N)
     how = lp.dot(x, q)[1]
     assert reason in how.reason and reason in how.text and not how.kernel
     assert kernels(dot, x, q) == 0
@@ -214,7 +218,7 @@ def test_each_device_multiplies_its_own_part(monkeypatch, fmt, of_w, of_x, sums)
     The reference stands in the place of the kernel: the partitioner does not look into either. The input's codes are
     given, as its scale is one of the whole row.
     """
-    monkeypatch.setattr(gpu_codes, "low_precision_matmul", lambda *a, interpret, **kw: reference(*a, **kw))
+    monkeypatch.setattr(gpu_codes, "low_precision_matmul", lambda *a, interpret, device, **kw: reference(*a, **kw))
     jax.clear_caches()
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     act = Activation(symmetric=fmt.symmetric)
@@ -254,6 +258,7 @@ def test_a_model_of_rounded_inputs_is_kernels():
         ("h100", Format("int8", symmetric=False), INPUTS[1], 1, "low_precision"),
         ("h100", INT8, INPUTS[1], 256, "low_precision"), ("a100", INT8, DYNAMIC, 256, "low_precision"),
         ("h100", Format("int4", 128), DYNAMIC, 1, "quantized"), ("a100", FP8, FP8_INPUT, 16, "quantized"),
+        ("a100", Format("fp8_e4m3", (128, 128)), FP8_INPUT, 256, "low_precision"),
     ],
     ids=str,
 )  # fmt: skip

@@ -36,7 +36,10 @@ def products(config):
     ids=["SmolLM2-1", "SmolLM2-W8A8-1024", "8B-1", "8B-2048", "8B-W8A8-4", "8B-W4A8-2048"],
 )  # fmt: skip
 def test_every_quantized_product_of_a_model_is_a_kernel(config, policy, tokens):
-    """As many as `explain` says, in decoding and for a prompt; and no array of floats is of the size of a weight."""
+    """As many as `explain` says, in decoding and for a prompt; and no array of floats is of the size of a weight.
+
+    The latter for one token, and for products of codes.
+    """
     q, tokens = quantized_shapes(config, policy), shape(*tokens, dtype=jnp.int32)
     apply = jq.models.build(config)
     reads = [r for r in jq.explain(apply, q, tokens) if r.kind == "dot"]
@@ -44,6 +47,8 @@ def test_every_quantized_product_of_a_model_is_a_kernel(config, policy, tokens):
     lowered = jax.jit(jq.quantized(apply, kernels="require")).trace(q, tokens).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert text.count(TARGET) == len(reads)
+    if not isinstance(policy, jq.Policy) and tokens.size > 64:  # a kernel may write the weight out for many rows
+        return
     leaves = jax.tree.leaves(q, is_leaf=jq.is_qtensor)
     sizes = {s for w in leaves if jq.is_qtensor(w) for s in (w.shape, w.shape[::-1])}
     activations = {(tokens.size, n) for n in (config.hidden_size, config.intermediate_size)}
