@@ -181,8 +181,8 @@ def test_nan_and_infinity_stay_visible():
 @pytest.mark.parametrize(
     "fmt, act, reason",
     [
-        (Format("int4", 16), DYNAMIC, "groups of 16 are"), (Format("int4", 16), FP8_INPUT, "groups of 16, whose scales"),
-        (Format("ternary"), DYNAMIC, "ternary has no kernel"),
+        (Format("int4", 16), DYNAMIC, "groups of 16 are"), (Format("ternary"), DYNAMIC, "ternary has no kernel"),
+        (Format("int4", 16), FP8_INPUT, "groups of 16, whose scales"),
         (FP8, Activation("fp8_e5m2"), "preferred"), (Format("fp8_e4m3", 64), Activation("fp8_e5m2"), "float8_e5m2 x "),
     ],
     ids=str,
