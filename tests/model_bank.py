@@ -659,7 +659,7 @@ def _plain_models() -> list[Model]:
         m("experts_odd_order", _batched_experts, params(w=(5, 3, 8, 2)), [S("w", "dot", (-2,), (-3,), "x")], 1,
           args=(normal(3, 4, 8),)),
         m("ragged_dot", _ragged, params(w=(3, 8, 6), v=(6, 5)),
-          [S("w", "ragged_dot", (-2,), (-3,), "x"), _dot("v", x="h")], 1, args=(normal(7, 8), sizes)),
+          [S("w", "ragged_dot", (-2,), (-3,), "x"), _dot("v", x="h")], 2, args=(normal(7, 8), sizes)),
         m("gain", _gain, params(w=(8, 6), gain=(8,), bias=(6,)), [_dot("w"), S("gain", "read"), S("bias", "read")], 1),
         m("outputs", _outputs, {**params(w=(8, 6)), "n": jnp.int32(3), "unused": jnp.ones((2, 2))},
           [_dot("w"), S("w", "read"), S("n", "read")], 1),

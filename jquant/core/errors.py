@@ -21,6 +21,10 @@ class NonFiniteError(JQuantError):
     """NaN or infinity in weights or activations; the message names the site and the count."""
 
 
+class KernelError(JQuantError):
+    """A product that is to run in a kernel, for which there is none; the message says where and why."""
+
+
 class CacheError(JQuantError):
     """A key/value cache that is full, or asked for what its sizes do not allow."""
 

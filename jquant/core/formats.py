@@ -47,6 +47,9 @@ class BlockParams(NamedTuple):
     outer: Outer = ()
 
 
+jax.export.register_namedtuple_serialization(BlockParams, serialized_name="jquant.BlockParams")
+
+
 # --- blocks ---
 
 

@@ -105,6 +105,11 @@ class PerUse:
         return f"PerUse({self.value!r}, {maps})"
 
 
+jax.export.register_pytree_node_serialization(
+    PerUse, serialized_name="jquant.PerUse", serialize_auxdata=lambda _: b"", deserialize_auxdata=lambda _: None
+)
+
+
 def is_per_use(x: Any) -> bool:
     """True for a PerUse."""
     return isinstance(x, PerUse)

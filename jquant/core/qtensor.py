@@ -22,6 +22,7 @@ from jquant.core import packing
 from jquant.core import side as _side
 from jquant.core.activation import Activation, Policy
 from jquant.core.errors import DamagedQTensorError, FormatError, TraceError
+from jquant.core.exported import static_from_bytes, static_to_bytes
 from jquant.core.formats import BlockParams, Format, decode, encode, row_params
 from jquant.core.scales import Outer, spread_rows
 from jquant.core.side import Side
@@ -285,6 +286,11 @@ class QTensor:
             )
         except Exception:  # holding shardings, specs or sentinels instead of arrays
             return f"QTensor({self.format}, contracted={self.contracted}, codes={self.codes}, scale={self.scale})"
+
+
+jax.export.register_pytree_node_serialization(
+    QTensor, serialized_name="jquant.QTensor", serialize_auxdata=static_to_bytes, deserialize_auxdata=static_from_bytes
+)
 
 
 def _rebuild(static: tuple[Any, ...], children: tuple[Any, ...]) -> QTensor:

@@ -33,6 +33,9 @@ class Side(NamedTuple):
         return self.left.shape[-1]
 
 
+jax.export.register_namedtuple_serialization(Side, serialized_name="jquant.Side")
+
+
 def problem_of(side: Side, kept: Sequence[int], n: int) -> str:
     """Why a side does not belong to codes of kept axes of the sizes `kept` and rows of length n, or ""."""
     left, right = side

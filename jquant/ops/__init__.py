@@ -1,6 +1,6 @@
 """Operations on QTensors: each picks an implementation, and names it."""
 
-from jquant.ops import low_precision
+from jquant.ops import low_precision, ragged
 from jquant.ops.dot import dot
 
-__all__ = ["dot", "low_precision"]
+__all__ = ["dot", "low_precision", "ragged"]

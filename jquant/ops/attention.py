@@ -4,12 +4,14 @@ The kernel is chosen when a program is lowered, for the platform that it is lowe
 GPUs only.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax.custom_batching import custom_vmap
 
 from jquant.core.formats import Format
+from jquant.ops.platform import on_cuda
 from jquant.ops.shards import on_shards
 from pallas_kernels.decode_attention import Coded, Layout, Rules, State, decode_attention, why_not
 from pallas_kernels.quantized_matmul.elements import Element, element
@@ -43,7 +45,7 @@ def on_gpus(call: Call, layouts: tuple[Layout, Layout], rules: Rules) -> State:
     """The kernel. Each device of a mesh attends with its own sequences and heads, over its own part of the cache."""
     run = lambda call: _kernel(call, layouts, rules)
     leaves, tree = jax.tree.flatten(call)
-    flat = lambda *leaves: tuple(run(jax.tree.unflatten(tree, leaves)))
+    flat = partial(on_cuda, lambda *leaves: tuple(run(jax.tree.unflatten(tree, leaves))))
     # A program of one device, or one mapped by vmap, has nothing to part.
     sizes = {"b": call.q.shape[0], "k": call.q.shape[1]}
     parted = custom_vmap(on_shards(flat, leaves, _axes(call), ["bkr", "bkr", "bkrd"], sizes=sizes))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jquant.core import side as _side
 from jquant.core.qtensor import QTensor
 from jquant.ops import cpu, gpu
+from jquant.ops.choice import PROVEN, How, pick, words
 
 DECODED = "XLA: codes decoded into the product"
 BLOCKS = "on a CPU block by block, codes decoded within the caches"
-KERNEL = "on an NVIDIA GPU by a kernel that reads codes"
 
 
 def dot(
@@ -24,7 +24,8 @@ def dot(
     cast: Callable[[jax.Array], jax.Array] = lambda w: w,
     precision: Any = None,
     preferred: Any = None,
-) -> tuple[jax.Array, str]:
+    kernels: str = "auto",
+) -> tuple[jax.Array, How]:
     """Contracts the last axis of `x` with the contracted axes of `q`.
 
     Args:
@@ -33,12 +34,15 @@ def dot(
       batch: axes of `q` that `x` has too, in front (experts).
       cast: the casts that the weight goes through before the product.
       precision, preferred: as for `jax.lax.dot_general`.
+      kernels: as for `choice.pick`.
 
     Returns:
-      `[*batch axes, tokens, *other kept axes]`, and the name of the implementation.
+      `[*batch axes, tokens, *other kept axes]`, and how it runs.
     """
     if q.side is not None:
-        run = lambda q, wide: dot(x, q, batch=batch, cast=cast, precision=precision, preferred=preferred or wide)
+        run = lambda q, wide: dot(
+            x, q, batch=batch, cast=cast, precision=precision, preferred=preferred or wide, kernels=kernels
+        )
         return beside(run, x, q, batch, precision)
 
     @jax.checkpoint  # a derivative decodes again: the decoded weight is not kept for it
@@ -50,7 +54,7 @@ def dot(
         return jax.lax.dot_general(x, rows, numbers, precision=precision, preferred_element_type=preferred)
 
     if 0 in (x.size, q.size):
-        return decoded(x, q), DECODED
+        return decoded(x, q), How(DECODED)
     dtype = jax.eval_shape(decoded, x, q).dtype
 
     def in_blocks(x: jax.Array, q: QTensor) -> jax.Array:
@@ -59,27 +63,30 @@ def dot(
     # Chosen when the program is lowered, for the platform it is lowered for.
     choose = partial(jax.lax.platform_dependent, x, q, cpu=in_blocks, default=decoded)
     multiplied = jax.eval_shape(lambda: cast(jnp.zeros((), q.dtype))).dtype
-    reason = gpu.why_not(x, q, batch, multiplied, dtype)
-    if reason is not None:
-        return choose(), f"{BLOCKS}; elsewhere {DECODED} (no kernel on an NVIDIA GPU: {reason})"
+    why_not = lambda name: gpu.why_not(x, q, batch, multiplied, dtype)
+    chosen, reason = pick("float input", x.shape[-2], kernels, why_not)
+    how = How(f"{BLOCKS}; {words(chosen, reason)}; elsewhere {DECODED}", PROVEN.get(chosen, ""), reason)
+    if chosen == "xla":
+        return choose(), how
 
     @jax.custom_jvp
     def kernel(x: jax.Array, q: QTensor) -> jax.Array:
         return gpu.dot(x, q, batch=batch, out_dtype=dtype)
 
     kernel.defjvp(lambda primals, tangents: (kernel(*primals), jax.jvp(decoded, primals, tangents)[1]))
-    return choose(cuda=kernel), f"{BLOCKS}; {KERNEL}; elsewhere {DECODED}"
+    return choose(cuda=kernel), how
 
 
 def beside(
-    run: Callable[[QTensor, Any], tuple[jax.Array, str]], x: jax.Array, q: QTensor, batch: Sequence[int], precision: Any
-) -> tuple[jax.Array, str]:
+    run: Callable[[QTensor, Any], tuple[jax.Array, How]], x: jax.Array, q: QTensor, batch: Sequence[int], precision: Any
+) -> tuple[jax.Array, How]:
     """A product of `x` `[*batch axes, tokens, n]` with codes and with the side of `q`, which is never made an array.
 
     Args:
-      run: `(q without its side, dtype to sum in) ->` the product with the codes, and its name.
+      run: `(q without its side, dtype to sum in) ->` the product with the codes, and how it runs.
     """
     assert q.side is not None
     more = _side.product(x, q.side, [q.kept.index(a) for a in batch], precision)
-    out, name = run(q.replace(side=None), more.dtype)
-    return out + more.astype(out.dtype), f"{name}; beside it a side of rank {q.side.rank}, as two thin products"
+    out, how = run(q.replace(side=None), more.dtype)
+    text = f"{how.text}; beside it a side of rank {q.side.rank}, as two thin products"
+    return out + more.astype(out.dtype), how._replace(text=text)

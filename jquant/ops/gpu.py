@@ -5,24 +5,24 @@ It reads the arrays of a QTensor as they lie: rows of packed codes, one or more 
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
-from jax.sharding import AxisType
 
 from jquant.core.qtensor import QTensor
 from jquant.core.scales import scale_values
-from jquant.ops.shards import on_shards
+from jquant.ops import parted
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.quantized_matmul.elements import ELEMENTS
+from pallas_kernels.quantized_matmul.tilings import MIN_LANE_K
+from pallas_kernels.quantized_matmul.triton import Weight as KernelWeight
 from pallas_kernels.quantized_matmul.triton import why_not as why_no_kernel
+from pallas_kernels.quantized_matmul.triton import word_bytes
 
-# A part of a row that a device may hold has whole words of every plane.
-_PART = 32
-_OUT = ("bfloat16", "float16", "float32")
+OUT = ("bfloat16", "float16", "float32")
+# Of more rows of 16-bit inputs the product is one with the weight decoded in 16 bits, which rounds it.
+_FEW = 128
 
 
 class Weight(NamedTuple):
@@ -33,34 +33,56 @@ class Weight(NamedTuple):
     zero: jax.Array | None
 
 
-class _Static(NamedTuple):
-    """What is known of a product beside its arrays: `batch` leading axes hold separate products."""
+class _How(NamedTuple):
+    """The static arguments of the kernel."""
 
-    batch: int
     element: str
     group_size: int | None
     out_dtype: Any
     interpret: bool
 
 
-def why_not(x: jax.Array, q: QTensor, batch: Sequence[int], weight_dtype: Any, out_dtype: Any) -> str | None:
+def why_not(
+    x: jax.Array, q: QTensor, batch: Sequence[int], weight_dtype: Any, out_dtype: Any, dtype: Any = None
+) -> str | None:
     """Why a GPU does not run the kernel for a product; None where it does.
 
     Args:
       x, q, batch: as for `ops.dot`; `q` has no side.
       weight_dtype: of the weight when it is multiplied.
       out_dtype: of the result.
+      dtype: of the input when it is multiplied; that of `x` by default.
     """
-    if any(AxisType.Explicit in jax.typeof(a).sharding.mesh.axis_types for a in (x, *q.codes)):
+    dtype = jnp.dtype(dtype or x.dtype)
+    if parted.explicit(x, *q.codes):
         return "a mesh with explicit axes"
     if q.format.element not in ELEMENTS:
         return f"{q.format.element} has no kernel"
-    if jnp.dtype(weight_dtype) != x.dtype:
-        return f"the input is {x.dtype}, the weight {jnp.dtype(weight_dtype).name}"
-    if jnp.dtype(out_dtype).name not in _OUT:
+    if jnp.dtype(weight_dtype) != dtype:
+        return f"the input is {dtype}, the weight {jnp.dtype(weight_dtype).name}"
+    if jnp.dtype(out_dtype).name not in OUT:
         return f"the result is {jnp.dtype(out_dtype).name}"
     rows = math.prod(s for a, s in zip(q.kept, q.codes[0].shape) if a not in batch)
-    return why_no_kernel(q.format.element, q.format.group_size, q.row_length, rows, x.dtype)
+    return why_no_kernel(q.format.element, q.format.group_size, q.row_length, rows, dtype)
+
+
+def why_not_exact(x: jax.Array, q: QTensor, batch: Sequence[int], out_dtype: Any) -> str | None:
+    """`why_not` for an input of codes, which are numbers of bfloat16, where the product of the codes is to be exact.
+
+    Scales of small groups multiply the weight's codes, rounded to bfloat16, not the sums.
+    """
+    bf16, fmt, n = jnp.dtype("bfloat16"), q.format, q.row_length
+    if x.shape[-2] > _FEW:
+        return f"more than {_FEW} rows, for which the kernel of packed codes may round the weight"
+    reason = why_not(x, q, batch, bf16, out_dtype, bf16)
+    if reason is not None or fmt.blocks(n) == 1:
+        return reason
+    group = fmt.group_size
+    assert group is not None
+    lanes = KernelWeight(fmt.element, group, n, word_bytes(fmt.element, group, n, None, bf16)).lanes
+    if (group & -group) < MIN_LANE_K * lanes:
+        return f"groups of {group}, whose scales the kernel of packed codes rounds to bfloat16"
+    return None
 
 
 def dot(
@@ -79,7 +101,8 @@ def dot(
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     weight, after = arrays(q, batch)
     dtype = out_dtype if after is None else jnp.dtype(jnp.float32)
-    out = _product(x, weight, _Static(len(batch), q.format.element, q.format.group_size, dtype, interpret))
+    how = _How(q.format.element, q.format.group_size, dtype, interpret)
+    out = parted.product((x,), weight, parted.Static(_kernel, how, len(batch), q.format.group_size))
     if after is None:
         return out
     return (out * jnp.expand_dims(after[..., 0], len(batch))).astype(out_dtype)
@@ -102,76 +125,6 @@ def arrays(q: QTensor, batch: Sequence[int] = ()) -> tuple[Weight, jax.Array | N
     return jax.tree.map(place, Weight(q.codes, scale, q.zero_point)), after
 
 
-@partial(jax.jit, static_argnames="how", inline=True)  # layers of the same shapes are traced once
-def _product(x: jax.Array, w: Weight, how: _Static) -> jax.Array:
-    """`x` `[*batch, tokens, n]`: each device's part of it, with a batching rule."""
-    leaves, tree = jax.tree.flatten((x, w))
-
-    def run(*leaves: jax.Array) -> tuple[jax.Array]:
-        x, w = jax.tree.unflatten(tree, leaves)
-        return (_kernel(x, w, how),)
-
-    ins, out, sizes = _axes(x, w, how)
-    parted = custom_vmap(on_shards(run, leaves, ins, [out], sizes=sizes, summed="k"))
-
-    def mapped(size: int, in_batched: Any, *leaves: jax.Array) -> Any:
-        x, w = jax.tree.unflatten(tree, leaves)
-        is_x, is_w = jax.tree.unflatten(tree, in_batched)
-        if not any(jax.tree.leaves(is_w)):  # more rows: the weight is still read once
-            out = _product(_join(x, how.batch), w, how)
-            return (_part(out, how.batch, size),), (True,)
-        every = lambda a, is_mapped: a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
-        more = how._replace(batch=how.batch + 1)
-        return (_product(every(x, is_x), jax.tree.map(every, w, is_w), more),), (True,)
-
-    parted.def_vmap(mapped)
-    return parted(*leaves)[0]
-
-
-def _join(x: jax.Array, batch: int) -> jax.Array:
-    """`[size, *batch, tokens, n]` -> `[*batch, size tokens, n]`."""
-    x = jnp.moveaxis(x, 0, batch)
-    return x.reshape(*x.shape[:batch], -1, x.shape[-1])
-
-
-def _part(out: jax.Array, batch: int, size: int) -> jax.Array:
-    """`[*batch, size tokens, *others]` -> `[size, *batch, tokens, *others]`."""
-    out = out.reshape(*out.shape[:batch], size, -1, *out.shape[batch + 1 :])
-    return jnp.moveaxis(out, batch, 0)
-
-
-def _kernel(x: jax.Array, w: Weight, how: _Static) -> jax.Array:
-    """The kernel, its axes put together as it takes them."""
-    others = w.planes[0].shape[how.batch : -1]
-
-    def rows(a: jax.Array) -> jax.Array:  # [*batch, *others, m] -> [*batch, rows, m]
-        whole = jnp.broadcast_to(a, (*w.planes[0].shape[:-1], a.shape[-1]))
-        return whole.reshape(*whole.shape[: how.batch], -1, whole.shape[-1])
-
-    def run(x: jax.Array, w: Weight) -> jax.Array:
-        static: dict[str, Any] = how._asdict()
-        del static["batch"]
-        return quantized_matmul(x, *w, **static)
-
-    for _ in range(how.batch):
-        run = jax.vmap(run)
-    out = run(x, jax.tree.map(rows, w))
-    return out.reshape(*out.shape[:-1], *others)
-
-
-def _axes(x: jax.Array, w: Weight, how: _Static) -> tuple[list[str], str, dict[str, int]]:
-    """For `on_shards`: letters of the axes of each array and of the result, and in how many parts they can be cut.
-
-    t: tokens; k: contracted, cut where groups and words end together; the kept axes of the weight from A on.
-    """
-    kept = dict(zip("ABCDEFGHIJ", w.planes[0].shape[:-1]))
-    n, unit = x.shape[-1], math.lcm(how.group_size or 1, _PART)
-    k, blocks = ("-" if n % unit else "k"), ("-" if n % unit or how.group_size is None else "k")
-    names, lead = "".join(kept), "".join(kept)[: how.batch]
-
-    def of(a: jax.Array, last: str) -> str:
-        return "".join(c if size == kept[c] else "-" for c, size in zip(kept, a.shape)) + last
-
-    weight = [*(of(p, k) for p in w.planes), of(w.scale, blocks), *([] if w.zero is None else [of(w.zero, blocks)])]
-    sizes = kept | {"t": x.shape[-2]} | ({} if n % unit else {"k": n // unit})
-    return [f"{lead}t{k}", *weight], f"{lead}t{names[how.batch :]}", sizes
+def _kernel(x: tuple[jax.Array], w: Weight, how: _How) -> jax.Array:
+    static: dict[str, Any] = how._asdict()
+    return quantized_matmul(x[0], w.planes, w.scale, w.zero, **static)

@@ -8,7 +8,6 @@ and the inner sum is, exactly, in int32:  sum a u  -  y sum a  -  z sum u  +  |g
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,28 +16,21 @@ import numpy as np
 from jax import lax
 
 from jquant.core.activation import Activation, encode_input
-from jquant.core.formats import ELEMENTS, BlockParams, Format, decode, decode_codes
+from jquant.core.formats import ELEMENTS, BlockParams, Format, decode
 from jquant.core.qtensor import QTensor
+from jquant.ops import gpu, gpu_codes
+from jquant.ops.choice import PROVEN, How, pick, words
 from jquant.ops.dot import beside
 from jquant.ops.dot import dot as float_dot
+from jquant.ops.operands import Side, floats8, integers
 
 _INT32_MAX = 2**31 - 1
 _FULL = lax.Precision.HIGHEST
 
 
-class _Side(NamedTuple):
-    """One operand as it is multiplied. Its last axis is contracted.
-
-    Attributes:
-      codes: int8 or float8, `[..., n]`.
-      zero: int32 zero point, `[..., blocks]`, or None.
-    """
-
-    codes: jax.Array
-    zero: jax.Array | None
-
-
-def dot(x: jax.Array, q: QTensor, *, batch: Sequence[int] = ()) -> tuple[jax.Array, str]:
+def dot(
+    x: jax.Array, q: QTensor, *, batch: Sequence[int] = (), out_dtype: Any = jnp.float32, kernels: str = "auto"
+) -> tuple[jax.Array, How]:
     """Rounds `x` as `q.activation` says and contracts its last axis with the contracted axes of `q`.
 
     A side of `q` is multiplied by what the rounded `x` stands for, in the dtype of `x`.
@@ -47,27 +39,68 @@ def dot(x: jax.Array, q: QTensor, *, batch: Sequence[int] = ()) -> tuple[jax.Arr
       x: `[*batch axes, tokens, n]`, any float dtype.
       q: the weight, n elements along its contracted axes.
       batch: axes of `q` that `x` has too, in front (experts).
+      out_dtype: of the result. Sums are float32.
+      kernels: as for `choice.pick`.
 
     Returns:
-      float32 `[*batch axes, tokens, *other kept axes]`, and the name of the implementation.
+      `[*batch axes, tokens, *other kept axes]`, and how it runs.
     """
     act = q.activation
     assert act is not None
     codes, params = encode_input(x, act, static_params(q, batch))
     if q.side is not None:
-        run = lambda q, wide: _codes_dot(codes, params, q, batch)
-        return beside(run, decode(codes, params, act.format).astype(x.dtype), q, batch, None)
-    return _codes_dot(codes, params, q, batch)
+        run = lambda q, wide: _codes_dot(codes, params, q, batch, jnp.float32, kernels)
+        out, how = beside(run, decode(codes, params, act.format).astype(x.dtype), q, batch, None)
+        return out.astype(out_dtype), how
+    return _codes_dot(codes, params, q, batch, out_dtype, kernels)
 
 
-def _codes_dot(codes: jax.Array, params: BlockParams, q: QTensor, batch: Sequence[int]) -> tuple[jax.Array, str]:
+def _codes_dot(
+    codes: jax.Array, params: BlockParams, q: QTensor, batch: Sequence[int], out_dtype: Any, kernels: str
+) -> tuple[jax.Array, How]:
     """The product of a rounded input with the codes of `q`."""
-    act = q.activation
+    act, batch = q.activation, tuple(batch)
     assert act is not None
     kind = product_kind(act, q.format, q.row_length)
-    out = _PRODUCTS[kind](codes, params.zero_point, q, tuple(batch))
-    scale = params.scale.reshape(*params.scale.shape[:-1], *[1] * (out.ndim - codes.ndim + 1))
-    return out * scale, _name(kind, act, q)
+
+    def scaled(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def scaled_run(codes: jax.Array, params: BlockParams, q: QTensor) -> jax.Array:
+            out = run(codes, params.zero_point, q)
+            scale = params.scale.reshape(*params.scale.shape[:-1], *[1] * (out.ndim - codes.ndim + 1))
+            return (out * scale).astype(out_dtype)
+
+        return scaled_run
+
+    name = _name(kind, act, q)
+    if kind == "float":
+        out, how = _decoded_dot(codes, params.zero_point, q, batch, kernels)
+        return scaled(lambda *_: out)(codes, params, q), how._replace(text=f"{name}; {how.text}")
+    of_kind = KINDS[kind]
+    run = lambda how: scaled(lambda *args: how(of_kind, *args, batch))
+    chosen, reason = _chosen(kind, codes, q, batch, out_dtype, kernels)
+    on_gpu: dict[str, Callable[..., jax.Array]] = {
+        "weights": scaled(lambda codes, zero, q: _packed(codes, zero, q, batch)),
+        "codes": lambda codes, params, q: gpu_codes.dot(codes, params, q, kind, batch=batch, out_dtype=out_dtype),
+    }
+    # Chosen when the program is lowered, for the platform it is lowered for.
+    more = {} if chosen == "xla" else {"cuda": on_gpu[chosen]}
+    out = lax.platform_dependent(codes, params, q, cpu=run(_on_cpu), default=run(_native), **more)
+    return out, How(f"{name}; {words(chosen, reason)}", PROVEN.get(chosen, ""), reason)
+
+
+def _chosen(
+    kind: str, codes: jax.Array, q: QTensor, batch: tuple[int, ...], out_dtype: Any, kernels: str
+) -> tuple[str, str]:
+    """What multiplies on an NVIDIA GPU, and why it is no kernel, as `choice.pick` says."""
+    if kind == "int":
+        row = "int8 x int8" if q.format.bits == 8 else "int8 x fewer bits"
+    else:
+        row = "fp8" if q.format.blocks(q.row_length) == 1 else "fp8 in groups"
+    reasons: dict[str, Callable[[], str | None]] = {
+        "weights": lambda: gpu.why_not_exact(codes, q, batch, jnp.float32),
+        "codes": lambda: gpu_codes.why_not(codes, q, kind, out_dtype),
+    }
+    return pick(row, codes.shape[-2], kernels, lambda name: reasons[name]())
 
 
 def static_params(q: QTensor, batch: Sequence[int] = ()) -> BlockParams | None:
@@ -109,32 +142,10 @@ def _name(kind: str, act: Activation, q: QTensor) -> str:
     if kind == "float":
         zero = "" if q.format.zero_dtype == "uint8" else " and its zero points between codes"
         return f"input rounded, product in float: there is none of {act.element} with {q.format.element}{zero}"
-    words = {"int": "int8 x int8 -> int32", "fp8": "fp8 x fp8 -> float32"}[kind]
+    text = {"int": "int8 x int8 -> int32", "fp8": "fp8 x fp8 -> float32"}[kind]
     if q.format.blocks(q.row_length) > 1:
-        return f"{words} in groups of {q.format.group_size}; on a CPU codes decoded into a float32 product"
-    return words + ("; on a CPU the same products in bfloat16" if kind == "fp8" else "")
-
-
-def integers(codes: jax.Array, zero: jax.Array | None, fmt: Format) -> _Side:
-    """uint8 codes of an integer format as int8, the zero point moved with them."""
-    half = 2 ** (fmt.bits - 1)
-    if fmt.symmetric:
-        signed = lax.bitcast_convert_type(codes, jnp.int8)
-        return _Side(signed if fmt.bits == 8 else (signed ^ np.int8(half)) - np.int8(half), None)
-    assert zero is not None
-    move = 128 if fmt.bits == 8 else 0
-    return _Side(lax.bitcast_convert_type(codes ^ np.uint8(move), jnp.int8), zero.astype(jnp.int32) - move)
-
-
-def _floats8(codes: jax.Array, zero: jax.Array | None, fmt: Format) -> _Side:
-    element = ELEMENTS[fmt.element]
-    if element.kind == "float":
-        return _Side(lax.bitcast_convert_type(codes, jnp.dtype(element.storage)), None)
-    values = decode_codes(codes, fmt)
-    if zero is not None:
-        blocks = BlockParams(jnp.ones(zero.shape, jnp.float32), zero)
-        values = decode(codes, blocks, Format(fmt.element, fmt.group_size or "channel", symmetric=False))
-    return _Side(values.astype(jnp.float8_e4m3fn), None)
+        return f"{text} in groups of {q.format.group_size}; on a CPU codes decoded into a float32 product"
+    return text + ("; on a CPU the same products in bfloat16" if kind == "fp8" else "")
 
 
 # --- the products: (input codes, its zero point, weight, batch axes) -> float32, without the input's scale ---
@@ -159,21 +170,15 @@ def _layout(q: QTensor, batch: tuple[int, ...]) -> _Layout:
     return _Layout(tuple(q.kept.index(b) for b in batch))
 
 
-Total = Callable[[_Side, _Side, Any, _Layout], jax.Array]
+Total = Callable[[Side, Side, Any, _Layout], jax.Array]
 
 
 class _Kind(NamedTuple):
     """How one low precision is multiplied: codes to operands, and the sums of a block, on a CPU and elsewhere."""
 
-    side: Callable[..., _Side]
+    side: Callable[..., Side]
     total: Total
     cpu_total: Total
-
-
-def _low(kind: _Kind, codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...]) -> jax.Array:
-    # Chosen when the program is lowered, for the platform it is lowered for.
-    run = lambda how: lambda *args: how(kind, *args, batch)
-    return lax.platform_dependent(codes, zero, q, cpu=run(_on_cpu), default=run(_native))
 
 
 def _native(kind: _Kind, codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...]) -> jax.Array:
@@ -194,12 +199,12 @@ def _blocks(side: Any, total: Total, codes: jax.Array, zero: Any, q: QTensor, ba
     return run(a, u, q, _layout(q, batch), total)
 
 
-def _one_group(a: _Side, u: _Side, q: QTensor, layout: _Layout, total: Total) -> jax.Array:
+def _one_group(a: Side, u: Side, q: QTensor, layout: _Layout, total: Total) -> jax.Array:
     sums = total(a, u, q.row_length, layout)
     return sums.astype(jnp.float32) * layout.place(q.row_params()[0][..., 0])
 
 
-def _groups(a: _Side, u: _Side, q: QTensor, layout: _Layout, total: Total) -> jax.Array:
+def _groups(a: Side, u: Side, q: QTensor, layout: _Layout, total: Total) -> jax.Array:
     """Group by group: all their sums at once would be as many times the result."""
     g, n = q.format.group_size, q.row_length
     assert g is not None
@@ -211,7 +216,7 @@ def _groups(a: _Side, u: _Side, q: QTensor, layout: _Layout, total: Total) -> ja
 
     def step(acc: jax.Array, xs: Any) -> tuple[jax.Array, None]:
         a_codes, u_codes, y, s, size = xs
-        sums = total(_Side(a_codes, a.zero), _Side(u_codes, None if y is None else y[..., None]), size, layout)
+        sums = total(Side(a_codes, a.zero), Side(u_codes, None if y is None else y[..., None]), size, layout)
         return acc + sums.astype(jnp.float32) * layout.place(s), None
 
     zero = None if u.zero is None else jnp.moveaxis(u.zero, -1, 0)
@@ -221,7 +226,7 @@ def _groups(a: _Side, u: _Side, q: QTensor, layout: _Layout, total: Total) -> ja
     return lax.scan(step, jnp.zeros(shape, jnp.float32), xs)[0]
 
 
-def _int_total(a: _Side, u: _Side, size: Any, layout: _Layout) -> jax.Array:
+def _int_total(a: Side, u: Side, size: Any, layout: _Layout) -> jax.Array:
     """The inner sum of the module's formula, int32 `[*batch, tokens, *other kept]`."""
     sums = layout.contract(a.codes, u.codes, jnp.int32)
     beside = lambda v: v.reshape(*v.shape, *[1] * (sums.ndim - v.ndim))
@@ -235,42 +240,54 @@ def _int_total(a: _Side, u: _Side, size: Any, layout: _Layout) -> jax.Array:
     return sums
 
 
-def _int_total_cpu(a: _Side, u: _Side, size: Any, layout: _Layout) -> jax.Array:
+def _int_total_cpu(a: Side, u: Side, size: Any, layout: _Layout) -> jax.Array:
     # XLA:CPU has fast int8 products from two rows on; one row takes thirty times as long.
     if a.codes.shape[-2] != 1:
         return _int_total(a, u, size, layout)
     wide = jnp.pad(a.codes, [(0, 0)] * (a.codes.ndim - 2) + [(0, 3), (0, 0)])
-    sums = _int_total(_Side(wide, a.zero), u, size, layout)
+    sums = _int_total(Side(wide, a.zero), u, size, layout)
     return lax.slice_in_dim(sums, 0, 1, axis=a.codes.ndim - 2)
 
 
-def _fp8_total(a: _Side, u: _Side, size: Any, layout: _Layout) -> jax.Array:
+def _fp8_total(a: Side, u: Side, size: Any, layout: _Layout) -> jax.Array:
     return layout.contract(a.codes, u.codes, jnp.float32)
 
 
-def _fp8_total_cpu(a: _Side, u: _Side, size: Any, layout: _Layout) -> jax.Array:
+def _fp8_total_cpu(a: Side, u: Side, size: Any, layout: _Layout) -> jax.Array:
     # Numbers of 8 bits are numbers of bfloat16, and their products are exact in float32.
     return layout.contract(a.codes.astype(jnp.bfloat16), u.codes.astype(jnp.bfloat16), jnp.float32)
 
 
+def _packed(codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...], interpret: bool = False) -> jax.Array:
+    """The weight-only kernel on the input's codes, which are numbers of bfloat16."""
+    a = _numbers(codes, zero, q).astype(jnp.bfloat16)
+    return gpu.dot(a, q, batch=batch, out_dtype=jnp.float32, interpret=interpret)
+
+
 def _decoded(codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...]) -> jax.Array:
     """The input's codes as floats times the decoded weight: the same numbers, added in float32."""
+    return _decoded_dot(codes, zero, q, batch, "never")[0]
+
+
+def _decoded_dot(
+    codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...], kernels: str
+) -> tuple[jax.Array, How]:
+    q = q.replace(side=None, dtype="float32")  # decoded numbers are not rounded
+    a = _numbers(codes, zero, q)
+    return float_dot(a, q, batch=batch, precision=_FULL, preferred=jnp.float32, kernels=kernels)
+
+
+def _numbers(codes: jax.Array, zero: Any, q: QTensor) -> jax.Array:
+    """The input's codes, their zero point taken away, float32."""
     assert q.activation is not None
     ones = jnp.ones((*codes.shape[:-1], 1), jnp.float32)
-    a = decode(codes, BlockParams(ones, zero), q.activation.format)
-    return float_dot(a, q.replace(side=None), batch=batch, precision=_FULL, preferred=jnp.float32)[0]
+    return decode(codes, BlockParams(ones, zero), q.activation.format)
 
 
 KINDS = {
     "int": _Kind(integers, _int_total, _int_total_cpu),
-    "fp8": _Kind(_floats8, _fp8_total, _fp8_total_cpu),
+    "fp8": _Kind(floats8, _fp8_total, _fp8_total_cpu),
 }
-_PRODUCTS: dict[str, Callable[..., jax.Array]] = {  # by `product_kind`
-    **{name: partial(_low, kind) for name, kind in KINDS.items()},
-    "float": _decoded,
-}
-
-
 # --- rounding with a derivative ---
 
 

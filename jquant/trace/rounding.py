@@ -9,27 +9,28 @@ import jax.numpy as jnp
 
 from jquant.core.formats import BlockParams
 from jquant.core.qtensor import QTensor
+from jquant.ops.choice import How
 from jquant.ops.dot import beside
 from jquant.ops.low_precision import round_input, static_params
 from jquant.trace.uses import Use
 
-Runner = Callable[[Use], tuple[jax.Array, str]]
+Runner = Callable[[Use], tuple[jax.Array, How]]
 
 
-def straight_dot(use: Use, run: Runner, clip: bool) -> tuple[jax.Array, str]:
+def straight_dot(use: Use, run: Runner, clip: bool) -> tuple[jax.Array, How]:
     """What `run` computes, with the straight-through derivative.
 
     Args:
       use: a dot.
-      run: computes it on the codes, and names the implementation.
+      run: computes it on the codes, and says how.
       clip: no derivative where the input is beyond its range.
     """
-    names = []
+    found = []
 
     @jax.custom_jvp
     def product(args: tuple[Any, ...]) -> jax.Array:
-        out, name = run(use._replace(args=args))
-        names.append(name)
+        out, how = run(use._replace(args=args))
+        found.append(how)
         return out
 
     @product.defjvp
@@ -37,7 +38,7 @@ def straight_dot(use: Use, run: Runner, clip: bool) -> tuple[jax.Array, str]:
         _, change = jax.jvp(lambda args: _float_dot(use._replace(args=args), clip), primals, tangents)
         return product(*primals), change
 
-    return product(use.args), names[0]
+    return product(use.args), found[0]
 
 
 def _float_dot(use: Use, clip: bool) -> jax.Array:
@@ -48,12 +49,13 @@ def _float_dot(use: Use, clip: bool) -> jax.Array:
         x = round_input(x, q.activation, static_params(q, how.batch), clip)
     precision, preferred = params["precision"], params["preferred_element_type"]
 
-    def decoded(q: QTensor, wide: Any = None) -> tuple[jax.Array, str]:
+    def decoded(q: QTensor, wide: Any = None) -> tuple[jax.Array, How]:
         rows = use.ref.cast(q.rows().astype(q.dtype))
         first = tuple(q.kept.index(a) for a in how.batch)
         numbers = (((x.ndim - 1,), (rows.ndim - 1,)), (tuple(range(len(first))), first))
         preferred_type = preferred or wide
-        return jax.lax.dot_general(x, rows, numbers, precision=precision, preferred_element_type=preferred_type), ""
+        out = jax.lax.dot_general(x, rows, numbers, precision=precision, preferred_element_type=preferred_type)
+        return out, How("")
 
     return dot_result(use, (decoded(q) if q.side is None else beside(decoded, x, q, how.batch, precision))[0])
 
