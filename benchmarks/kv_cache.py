@@ -45,6 +45,8 @@ ROWS = [
     "int4-g32-asym", "keys=int4-g64-asym-rot,values=int4-g64-asym", "int4-g64-asym-rot",
     "keys=int4-g64-asym-rot,values=int4-g64-asym+folded", "lloyd4-rot", "nvfp4", "nvfp4-4o6", "fine4", "fine4+eased",
     "fine4,residual=128+eased", "int4-g64-asym,residual=128", "kivi4", "kivi2", "turbo2", "fine2+eased", "fine2,residual=128+eased",
+    "keys=int4-t64-asym,values=int4-g64-asym,residual=128", "keys=int2-t64-asym,values=int2-g64-asym,residual=128",
+    "keys=int4-t64-asym-ze3m4-search,values=int4-g64-asym-ze3m4-search,residual=128",
 ]  # fmt: skip
 PEERS = {
     f"transformers {backend}, {bits} bits, {axes}": (backend, str(bits), axes)
@@ -121,7 +123,7 @@ def _scaled(model: Any, fmt: Any) -> tuple[Any, Any]:
 def _folded(model: Any, fmt: Any) -> tuple[Any, Any]:
     batches = list(windows(model, "calibration", 1, 512))
     params = jq.quantize(model.apply, model.params, jq.Recipe({"*": None}), jq.rotate(stream=False), batches)
-    return model._replace(params=params), None
+    return model._replace(params=params, apply=jq.quantized(model.apply)), None
 
 
 MODES = {"": lambda model, fmt: (model, None), "eased": _eased, "scaled": _scaled, "folded": _folded}
