@@ -40,5 +40,5 @@ def lowering_for(kind: str) -> Iterator[None]:
 
 def dump_options(folder: str) -> dict[str, Any]:
     """Compiler options that make XLA write what it compiles, PTX included, into a folder."""
-    every = {} if jax.__version_info__ < (0, 11) else {"xla_dump_emitter_re": ".*"}
+    every = {} if jax.__version_info__ < (0, 11) else {"xla_dump_emitter_re": "ptx"}
     return {"xla_dump_to": folder, **every}

@@ -65,7 +65,8 @@ def dot(
     multiplied = jax.eval_shape(lambda: cast(jnp.zeros((), q.dtype))).dtype
     why_not = lambda name: gpu.why_not(x, q, batch, multiplied, dtype)
     chosen, reason = pick("float input", x.shape[-2], kernels, why_not)
-    how = How(f"{BLOCKS}; {words(chosen, reason)}; elsewhere {DECODED}", PROVEN.get(chosen, ""), reason)
+    text = words(chosen, reason, written=gpu.writes_out(x))
+    how = How(f"{BLOCKS}; {text}; elsewhere {DECODED}", PROVEN.get(chosen, ""), reason)
     if chosen == "xla":
         return choose(), how
 

@@ -15,14 +15,12 @@ from jquant.core.scales import scale_values
 from jquant.ops import parted
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.quantized_matmul.elements import ELEMENTS
-from pallas_kernels.quantized_matmul.tilings import MIN_LANE_K
+from pallas_kernels.quantized_matmul.tilings import FEW, MIN_LANE_K
 from pallas_kernels.quantized_matmul.triton import Weight as KernelWeight
 from pallas_kernels.quantized_matmul.triton import why_not as why_no_kernel
 from pallas_kernels.quantized_matmul.triton import word_bytes
 
 OUT = ("bfloat16", "float16", "float32")
-# Of more rows of 16-bit inputs the product is one with the weight decoded in 16 bits, which rounds it.
-_FEW = 128
 
 
 class Weight(NamedTuple):
@@ -66,14 +64,19 @@ def why_not(
     return why_no_kernel(q.format.element, q.format.group_size, q.row_length, rows, dtype)
 
 
+def writes_out(x: jax.Array) -> bool:
+    """Whether the kernel decodes the weight into memory for XLA's product, rather than multiplying itself."""
+    return x.shape[-2] > FEW and x.dtype.itemsize == 2
+
+
 def why_not_exact(x: jax.Array, q: QTensor, batch: Sequence[int], out_dtype: Any) -> str | None:
     """`why_not` for an input of codes, which are numbers of bfloat16, where the product of the codes is to be exact.
 
     Scales of small groups multiply the weight's codes, rounded to bfloat16, not the sums.
     """
     bf16, fmt, n = jnp.dtype("bfloat16"), q.format, q.row_length
-    if x.shape[-2] > _FEW:
-        return f"more than {_FEW} rows, for which the kernel of packed codes may round the weight"
+    if x.shape[-2] > FEW:  # the weight is written out in 16 bits then, which rounds it
+        return f"more than {FEW} rows, for which the kernel of packed codes may round the weight"
     reason = why_not(x, q, batch, bf16, out_dtype, bf16)
     if reason is not None or fmt.blocks(n) == 1:
         return reason

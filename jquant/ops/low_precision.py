@@ -92,10 +92,12 @@ def _chosen(
     kind: str, codes: jax.Array, q: QTensor, batch: tuple[int, ...], out_dtype: Any, kernels: str
 ) -> tuple[str, str]:
     """What multiplies on an NVIDIA GPU, and why it is no kernel, as `choice.pick` says."""
-    if kind == "int":
+    if q.format.blocks(q.row_length) > 1:
+        row = "int8 in groups" if kind == "int" else "fp8 in groups"
+    elif kind == "int":
         row = "int8 x int8" if q.format.bits == 8 else "int8 x fewer bits"
     else:
-        row = "fp8" if q.format.blocks(q.row_length) == 1 else "fp8 in groups"
+        row = "fp8"
     reasons: dict[str, Callable[[], str | None]] = {
         "weights": lambda: gpu.why_not_exact(codes, q, batch, jnp.float32),
         "codes": lambda: gpu_codes.why_not(codes, q, kind, out_dtype),

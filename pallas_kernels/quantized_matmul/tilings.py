@@ -89,7 +89,8 @@ def adapt(p: Problem, row: dict[str, Any], gpu: Gpu) -> Tiling | None:
     blocks, steps = p.batch * math.ceil(p.n / t.block_n), math.ceil(p.k / block_k)
     splits = [s for s in (1, 2, 4, 8, 16) if s == 1 or steps >= 4 * s]
     split = min(splits, key=lambda s: abs(math.log2(blocks * s / wanted)))
-    t = t._replace(block_m=block_m, block_k=block_k, split_k=split)
+    # Products of codes with codes count on exact elements: what rounds them is for who asks for it.
+    t = t._replace(block_m=block_m, block_k=block_k, split_k=split, inside=False)
     while t.stages > 2 and shared_bytes(p, t) * t.stages > gpu.shared_per_block:
         t = t._replace(stages=t.stages - 1)
     fits = shared_bytes(p, t) * t.stages <= gpu.shared_per_block and t.block_m * t.block_n <= 64 * 32 * t.warps

@@ -64,7 +64,7 @@ def test_a_kernel_whose_numbers_are_not_proven_is_not_taken(monkeypatch):
 @pytest.mark.parametrize(
     "fmt, act, tokens, kernel",
     [
-        (INT8, DYNAMIC, 1, "low_precision_matmul"), (INT8, DYNAMIC, 512, "low_precision_matmul"),
+        (INT8, DYNAMIC, 1, "low_precision_matmul"), (INT8, DYNAMIC, 512, ""),
         (Format("int8", symmetric=False), INPUTS[1], 2, "low_precision_matmul"), (INT8, INPUTS[6], 2, "low_precision"),
         (GROUPS, DYNAMIC, 2, "quantized_matmul"), (GROUPS, DYNAMIC, 512, "low_precision_matmul"),
         (Format("int4", 32), DYNAMIC, 2, "low_precision_matmul"), (FP8, FP8_INPUT, 2, "quantized_matmul"),
