@@ -60,9 +60,15 @@ class Kernel(NamedTuple):
         return math.prod(self.grid)
 
     def bytes_of_step(self, *parameters: int) -> int:
-        """Bytes of global memory that a block asks for in one turn of its loop, of these arguments (or of all)."""
-        loads = [load for load in self.ptx.loads if load.in_loop]
-        return self.threads * sum(load.bytes for load in loads if not parameters or load.parameter in parameters)
+        """Bytes of global memory that a block asks for in one turn of its loop, of these arguments (or of all).
+
+        Of several loops, for the blocks of an array that lie inside and those at its end, the most.
+        """
+        loops: dict[int, int] = {}
+        for load in self.ptx.loads:
+            if load.loop is not None and (not parameters or load.parameter in parameters):
+                loops[load.loop] = loops.get(load.loop, 0) + load.bytes
+        return self.threads * max(loops.values(), default=0)
 
     def occupancy(self, device: str | Gpu) -> float:
         """Resident warps of a core over the 64 that it has room for."""

@@ -19,13 +19,17 @@ class Load(NamedTuple):
       kind: "ld.global", "cp.async" or "cp.async.bulk".
       bytes: that one thread reads by it.
       parameter: the number of the kernel's argument it reads, or None where the PTX does not tell.
-      in_loop: whether it lies in a loop.
+      loop: the number of the loop it lies in; None outside of loops.
     """
 
     kind: str
     bytes: int
     parameter: int | None
-    in_loop: bool
+    loop: int | None
+
+    @property
+    def in_loop(self) -> bool:
+        return self.loop is not None
 
 
 class Ptx(NamedTuple):
@@ -98,7 +102,8 @@ def _loads(lines: list[str]) -> tuple[Load, ...]:
         address = re.findall(r"\[\s*(%\w+)", line)
         # The copy's destination comes first.
         register = address[-1] if address else ""
-        out.append(Load(size[0], size[1], sources.get(register), any(a <= i <= b for a, b in loops)))
+        loop = next((n for n, (a, b) in enumerate(loops) if a <= i <= b), None)
+        out.append(Load(size[0], size[1], sources.get(register), loop))
     return tuple(out)
 
 

@@ -121,5 +121,6 @@ def problem(
     arrays = [a for c in (keys, values) for a in (*c.codes, c.scale, c.zero_point) if a is not None]
     per_token = sum(a.dtype.itemsize * a.size / (keys.codes[0].size // keys.codes[0].shape[-1]) for a in arrays)
     doubled = any(c.codes[0].dtype in (jnp.float32, jnp.float16) for c in (keys, values))
-    style = "/".join(triton.view_of(c, layout, dim).scales for c, layout in zip((keys, values), layouts))
+    views = [triton.view_of(c, layout, dim) for c, layout in zip((keys, values), layouts)]
+    style = "/".join(v.scales + (str(v.chunks) if v.scales == "group" else "") for v in views)
     return Problem(batch, kv_heads, rows, slots, dim, per_token, largest, doubled, style)

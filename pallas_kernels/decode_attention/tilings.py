@@ -32,7 +32,7 @@ class Problem(NamedTuple):
       token_bytes: of keys and values of a token and head, scales included.
       largest: slots of a block at most.
       doubled: whether an element is the sum of two numbers, in registers.
-      style: where scales of keys and values are multiplied (`triton.View.scales`), with "/" between.
+      style: where scales of keys and values are multiplied (`triton.View.scales`, how many groups), "/" between.
     """
 
     batch: int

@@ -36,7 +36,7 @@ def test_instructions_and_loads_are_counted():
     assert (kernel.name, kernel.threads) == ("scale", 128)
     assert kernel.counts["wgmma.mma_async"] == kernel.counts["cp.async.cg"] == kernel.counts["ld.global"] == 1
     assert kernel.loads == (
-        ptx.Load("cp.async", 16, 0, False), ptx.Load("cp.async", 8, 0, True), ptx.Load("ld.global", 16, 1, True),
+        ptx.Load("cp.async", 16, 0, None), ptx.Load("cp.async", 8, 0, 0), ptx.Load("ld.global", 16, 1, 0),
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_bytes_of_a_step():
 
 
 def test_an_unknown_gpu_is_an_error():
-    with pytest.raises(ValueError, match="choose one of a100, h100, b200"):
+    with pytest.raises(ValueError, match="choose one of a100, h100, h200, b200"):
         gpus.gpu("h900")
     for g in gpus.GPUS.values():
         assert f"core_count: {g.cores}" in gpus.target_config(g)
