@@ -53,7 +53,8 @@ INSTRUCTIONS = 0.4
 def choose(p: Problem, device: str, gpu: Gpu) -> Tiling:
     """The tiling of a problem: that of the nearest one that was tuned on the device, else the model's below."""
     found = tuned.nearest(device, "decode_attention", sizes(p))
-    adapted = None if found is None else adapt(p, found, gpu)
+    # Wider vectors than it was measured with may not fit in its warps' registers.
+    adapted = None if found is None or p.dim > found["dim"] else adapt(p, found, gpu)
     if adapted is not None:
         return adapted
     options = [t for t in _candidates(p) if shared_bytes(p, t) <= gpu.shared_per_block]
@@ -83,13 +84,14 @@ def _power(n: int) -> int:
 
 
 def _candidates(p: Problem) -> list[Tiling]:
-    # A warp for 32 slots: with fewer slots than threads, scales would be loaded several times. Two or four for vectors
-    # whose sums and elements would not fit in the registers of one.
+    # A warp for 32 slots: with fewer slots than threads, scales would be loaded several times. Two or four (two
+    # for codes of two bits) for vectors whose sums and elements would not fit in the registers of one.
     numbers = _power(p.dim) * (3 if p.doubled else 1)  # doubled: the number, and the two
-    per_warp = 32 if numbers <= 128 else 16 if numbers <= 256 else 8
+    per_warp = 32 if numbers <= 128 else 16 if p.token_bytes < p.dim else 8
     blocks = {min(p.largest, b, max(16, _power(p.length))) for b in (32, 64, 128)}
     splits = [s for n in range(11) for s in (1 << n, 3 << n)]
-    sizes = [(b, s) for b in blocks for s in splits if s == 1 or p.length >= s * b]
+    # More than eight warps have fewer registers each.
+    sizes = [(b, s) for b in blocks for s in splits if (s == 1 or p.length >= s * b) and b <= 8 * per_warp]
     return [Tiling(b, s, max(1, b // per_warp), stages) for b, s in sizes for stages in (2, 3, 4)]
 
 

@@ -33,7 +33,8 @@ def compiled(
     dtype=jnp.bfloat16,
     scale_dtype=jnp.bfloat16,
     asymmetric=False,
-    packed=False,
+    packed=True,
+    kernel="quantized_matmul",
 ):
     blocks = 1 if group is None else -(-k // group)
     shape = jax.ShapeDtypeStruct
@@ -46,8 +47,8 @@ def compiled(
         )
 
     program = harness.compile_for(device, product, shape((m, k), dtype), planes, shape((n, blocks), scale_dtype), *zero)
-    [kernel] = program.named("quantized_matmul")
-    return program, kernel
+    [found] = program.named(kernel)
+    return program, found
 
 
 def check(program, kernel, device, n, k):
@@ -94,8 +95,14 @@ def test_the_packed_upcast_compiles(device, asymmetric):
     ],
 )
 def test_prefill_compiles_without_spills(device, name, group, scale_dtype):
-    program, kernel = compiled(device, name, group, 256, 1024, 1024, None, scale_dtype=scale_dtype)
+    """By the kernel that reads codes; by that which writes the weight out, which is what many rows take."""
+    part = name == "nf4"
+    tiling = PREFILL._replace(block_k=64) if part else PREFILL
+    program, kernel = compiled(device, name, group, 256, 1024, 1024, tiling, scale_dtype=scale_dtype)
     check(program, kernel, device, 1024, 1024)
+    _, kernel = compiled(device, name, group, 256, 1024, 1024, None, scale_dtype=scale_dtype, kernel="decode")
+    assert kernel.spill_bytes == 0
+    assert max(int(n) for n in re.findall(r"st\.global\.v(\d)\.", kernel.ptx.text)) == 4  # 16 bytes at a time
 
 
 @pytest.mark.slow
