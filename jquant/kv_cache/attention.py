@@ -17,6 +17,7 @@ from jquant.kv_cache.coding import Store, decode_vectors
 from jquant.kv_cache.format import CacheFormat
 from jquant.kv_cache.rotation import rotate, unrotate
 from jquant.kv_cache.softmax import Rules, Running, take_in, take_logits
+from jquant.ops.choice import PROVEN, How, words
 
 # Positions decoded at once. On two cores 256 x 64 floats of a head stay in the first two levels of the CPU's caches:
 # over int8 codes the products then take the time of products over floats; decoded whole, twice as much.
@@ -34,7 +35,7 @@ def attend(
     scale: float | None = None,
     sink_logits: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention of `q` over what the cache holds.
+    """Causal grouped-query attention of `q` over what the cache holds. `explain` says what a GPU makes of it.
 
     Args:
       q: `[batch, tokens, heads, head_dim]`, heads a multiple of kv_heads: query head h reads key head h // G.
@@ -74,6 +75,34 @@ def attend(
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
+def explain(cache: KVCache, heads: int, tokens: int = 1) -> How:
+    """How `attend` reads the codes of a cache; runs nothing.
+
+    Args:
+      cache: a cache, or its shapes: `jax.eval_shape(lambda: init(...))`.
+      heads: of the queries, a multiple of the cache's.
+      tokens: queries of a sequence at once: 1 when one token is decoded after the other.
+
+    Returns:
+      A `How`: `text`, for people; `kernel`, the one in a program lowered for an NVIDIA GPU, or ""; `reason`, why none.
+
+    Raises:
+      CacheError: heads that do not fit the cache, or no token.
+    """
+    kv_heads = cache.keys.codes[0].shape[1]
+    if min(heads, tokens) < 1 or heads % kv_heads:
+        raise CacheError(f"explain: {heads=} must be a multiple of {kv_heads}, and {tokens=} at least 1")
+    reason = _why_no_kernel(cache, heads // kv_heads * tokens) or ""
+    chosen = "xla" if reason else "attention"
+    text = f"{cache.format}: {words(chosen, reason)}; elsewhere decoded block by block"
+    return How(text, PROVEN.get(chosen, ""), reason)
+
+
+def _why_no_kernel(cache: KVCache, rows: int) -> str | None:
+    """Why a GPU does not run the kernel for so many queries of a key head; None where it does."""
+    return kernel.why_not(cache.format, cache.head_dim, rows, cache.page_size)
+
+
 def _check(q: jax.Array, cache: KVCache, kv_heads: int, window: int | None, sink_tokens: int) -> None:
     batch, tokens, heads, dim = q.shape
     if batch != cache.length.shape[0] or dim != cache.head_dim or heads % kv_heads:
@@ -106,7 +135,7 @@ def _over_codes(q: jax.Array, cache: KVCache, rules: Rules) -> Running:
             page_size=page, capacity=cache.capacity, ring=cache.ring,
         )  # fmt: skip
 
-    if kernel.why_not(cache.format, cache.head_dim, q.shape[2] * q.shape[3], page) is not None:
+    if _why_no_kernel(cache, q.shape[2] * q.shape[3]) is not None:
         return plain(*arrays)
 
     @jax.custom_jvp
