@@ -60,6 +60,7 @@ def attend(
     batch, tokens, heads, dim = q.shape
     kv_heads = cache.keys.codes[0].shape[1]
     _check(q, cache, kv_heads, window, sink_tokens)
+    _check_rules(q.shape, positions, sink_logits, soft_cap)
     if positions is None:
         positions = cache.length[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
     rules = Rules(positions, window, sink_tokens, dim**-0.5 if scale is None else scale, soft_cap)
@@ -122,6 +123,17 @@ def _check(q: jax.Array, cache: KVCache, kv_heads: int, window: int | None, sink
             f"attend: a ring overwrites the first {sink_tokens} tokens; keep them in float: sinks={sink_tokens} in the "
             "format"
         )
+
+
+def _check_rules(
+    shape: tuple[int, ...], positions: jax.Array | None, sink_logits: jax.Array | None, soft_cap: float | None
+) -> None:
+    batch, tokens, heads, _ = shape
+    for name, given, want in (("positions", positions, (batch, tokens)), ("sink_logits", sink_logits, (heads,))):
+        if given is not None and given.shape != want:
+            raise CacheError(f"attend: {name} {given.shape} must be of shape {want}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise CacheError(f"attend: soft_cap {soft_cap} must be positive, or None")
 
 
 def _over_codes(q: jax.Array, cache: KVCache, rules: Rules) -> Running:

@@ -20,6 +20,8 @@ def why_not(fmt: CacheFormat, dim: int, rows: int, page_size: int = 0) -> str | 
       rows: queries of a kv head: query heads of it, times tokens.
       page_size: positions of a page, 0 without pages.
     """
+    if not rows:
+        return "there is no query"
     if fmt.tokens > 1 and page_size % fmt.tokens:
         return f"blocks of {fmt.tokens} tokens lie in several pages"
     return ops.why_not((layout(fmt.keys), layout(fmt.values)), dim, rows, page_size)
