@@ -325,8 +325,8 @@ def insert(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCache:
       one: a cache of one sequence without pages, with the format, capacity, center, gain and static scales of `cache`.
 
     Raises:
-      CacheError: the caches differ; outside jit: there is no such row, or the pool has too few pages (inside, `overflow`
-        is set).
+      CacheError: the caches differ; outside jit: there is no such row, or the pool has too few pages (inside,
+        `overflow` is set).
     """
     checks.row("insert", row, cache.length.shape[0])
     _check_one(cache, one)
