@@ -10,6 +10,7 @@ from jquant.core.errors import CacheError
 from jquant.kv_cache.attention import attend, explain
 from jquant.kv_cache.cache import KVCache, append, evict, init, insert
 from jquant.kv_cache.format import CacheFormat, Coding, parse
+from jquant.kv_cache.scales import static_scales
 
 __all__ = [
     "CacheError",
@@ -23,4 +24,5 @@ __all__ = [
     "init",
     "insert",
     "parse",
+    "static_scales",
 ]

@@ -300,3 +300,30 @@ def test_static_scales_are_the_caches_own():
     default = filled("fp8_e4m3-tensor", q, k, v)
     given = filled("fp8_e4m3-tensor", q, k, v, key_scale=np.array([10.0, 12.0]))
     assert relative(attend(q, given)[0], want) < 0.2 < relative(attend(q, default)[0], want)
+
+
+@pytest.mark.parametrize("name", ["fp8_e5m2-tensor", "keys=fp8_e4m3-tensor-rot,values=nvfp4,sinks=2"])
+def test_static_scales_of_a_text_in_any_models_cache(name):
+    """The largest number gets the largest code; keys beyond the range of a scale of 1 are right again."""
+    q, k, v = tokens(2, COUNT)
+    q, k, center = q / 1e5, k * 1e5, np.full((2, 64), 3e4, np.float32)
+    counts = jnp.array([COUNT, 9])
+    text = append(init(2, 48, 2, 64, "float32"), k, v, counts)
+    found = kv_cache.static_scales(text, name, center=center)
+    cache = lambda **more: append(init(2, 48, 2, 64, name, dtype="float32", center=center, **more), k, v, counts)
+    want = reference(q[0], k[0], v[0])
+    out = lambda **more: relative(attend(q, cache(**more))[0], want)
+    assert found["key_scale"].shape == found["value_scale"].shape == (2,)
+    assert out(**found) < 0.2 < out(value_scale=found["value_scale"])
+
+
+def test_static_scales_are_of_float_caches_and_for_formats_that_have_one():
+    cache = init(1, 8, 2, 64, "float32")
+    assert kv_cache.static_scales(cache, "int8") == {}
+    found = kv_cache.static_scales(cache, "keys=int8,values=fp8_e4m3-tensor")
+    np.testing.assert_allclose(found.pop("value_scale"), 1 / 448)
+    assert not found
+    for fmt, more in (("int8", {}), ("float32", dict(ring=True)), ("float32", dict(pages=2))):
+        other = init(1, 8, 2, 64, fmt, **more)
+        with pytest.raises(CacheError, match="needs a float cache"):
+            kv_cache.static_scales(other, "nvfp4")
