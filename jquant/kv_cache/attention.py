@@ -7,6 +7,8 @@ The parts of the cache (codes, sinks in float, window in float) are taken one af
 few queries on a GPU a kernel stands in its place.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -137,25 +139,30 @@ def _check_rules(
 
 
 def _over_codes(q: jax.Array, cache: KVCache, rules: Rules) -> Running:
-    """`codes_attention`: the kernel where a program is lowered for an NVIDIA GPU, and has one for this cache."""
-    arrays = (q, cache.keys, cache.values, rules.at, read_ranges(cache), cache.center, cache.gain, cache.table)
-    page = cache.page_size
+    """`codes_attention`, with queries turned as keys were: the kernel where a program is lowered for an NVIDIA GPU, and
+    has one for this cache."""
+    fmt, gain = cache.format, cache.gain
+    turned = rotate(q if gain is None else q * gain[:, None, None], fmt.keys.rotations, fmt.seed)
+    shift = None if cache.center is None else jnp.einsum("bkgld,kd->bkgl", q, cache.center)
+    state = _choose(turned, shift, cache, rules)
+    return state._replace(out=unrotate(state.out, fmt.values.rotations, fmt.seed))
 
-    def plain(q, keys, values, at, ranges, center, gain, table):  # type: ignore[no-untyped-def]
-        return codes_attention(
-            q, keys, values, cache.format, rules._replace(at=at), ranges, center=center, gain=gain, table=table,
-            page_size=page, capacity=cache.capacity, ring=cache.ring,
-        )  # fmt: skip
+
+def _choose(q: jax.Array, shift: jax.Array | None, cache: KVCache, rules: Rules) -> Running:
+    arrays = (q, cache.keys, cache.values, rules.at, read_ranges(cache), shift, cache.table)
+    how: dict[str, Any] = dict(page_size=cache.page_size, ring=cache.ring)
+
+    def plain(q, keys, values, at, ranges, shift, table):  # type: ignore[no-untyped-def]
+        rule = rules._replace(at=at)
+        return codes_attention(q, keys, values, cache.format, rule, ranges, shift, table, cache.capacity, **how)
 
     if _why_no_kernel(cache, q.shape[2] * q.shape[3]) is not None:
         return plain(*arrays)
 
     @jax.custom_jvp
-    def fast(q, keys, values, at, ranges, center, gain, table):  # type: ignore[no-untyped-def]
-        return kernel.codes_attention(
-            q, keys, values, cache.format, rules._replace(at=at), ranges, center=center, gain=gain, table=table,
-            page_size=page, ring=cache.ring,
-        )  # fmt: skip
+    def fast(q, keys, values, at, ranges, shift, table):  # type: ignore[no-untyped-def]
+        rule = rules._replace(at=at)
+        return kernel.codes_attention(q, keys, values, cache.format, rule, ranges, shift, table, **how)
 
     fast.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return jax.lax.platform_dependent(*arrays, cuda=fast, default=plain)
@@ -168,22 +175,22 @@ def codes_attention(
     fmt: CacheFormat,
     rules: Rules,
     ranges: tuple[jax.Array, jax.Array],
-    *,
-    center: jax.Array | None,
-    gain: jax.Array | None,
+    shift: jax.Array | None,
     table: jax.Array | None,
-    page_size: int,
     capacity: int,
+    *,
+    page_size: int,
     ring: bool,
 ) -> Running:
     """The part of attention that reads codes: float32 `q` `[B, K, G, L, D]` over raw arrays of codes and scales.
 
-    `ranges` are those of `cache.read_ranges`, the other arguments those of `KVCache`.
+    Queries are turned as the keys were, and the values that come out are turned as they are stored. `shift`
+    `[B, K, G, L]` is added to the products, for the keys' center. `ranges` are those of `cache.read_ranges`, the other
+    arguments those of `KVCache`.
     """
     dim = q.shape[-1]
     end, written = ranges
-    turned = rotate(q if gain is None else q * gain[:, None, None], fmt.keys.rotations, fmt.seed)
-    shift = 0.0 if center is None else jnp.einsum("bkgld,kd->bkgl", q, center)[..., None]
+    moved = 0.0 if shift is None else shift[..., None]
     step = page_size or fmt.tokens
     size = min(capacity, max(step, _BLOCK // step * step))
 
@@ -194,7 +201,7 @@ def codes_attention(
         seen = (at >= fmt.sinks) & (at < end[:, None]) & (slots >= i * size)
         read = lambda store, coding: decode_vectors(_slice(store, table, start, size), coding, dim)
         (k, k_scale), (v, v_scale) = read(keys, fmt.keys), read(values, fmt.values)
-        return take_in(state, turned, k, v, jnp.where(seen, at, -1), rules, k_scale, v_scale, shift)
+        return take_in(state, q, k, v, jnp.where(seen, at, -1), rules, k_scale, v_scale, moved)
 
     empty = jnp.zeros(q.shape[:-1] + (1,), jnp.float32)
     state = Running(empty - jnp.inf, empty, jnp.zeros(q.shape, jnp.float32))
@@ -202,8 +209,7 @@ def codes_attention(
     first = jnp.zeros((), jnp.int32)
     if rules.window is not None and not ring and rules.sink_tokens <= fmt.sinks:
         first = jnp.maximum(jnp.min(rules.at) - rules.window + 1, 0) // size
-    state = jax.lax.fori_loop(first, (last + size - 1) // size, block, state)
-    return state._replace(out=unrotate(state.out, fmt.values.rotations, fmt.seed))
+    return jax.lax.fori_loop(first, (last + size - 1) // size, block, state)
 
 
 def _slice(store: Store, table: jax.Array | None, start: jax.Array, size: int) -> Store:

@@ -39,9 +39,10 @@ def both(cache, q, **rules):
     q5 = q.reshape(q.shape[0], q.shape[1], kv_heads, -1, q.shape[-1]).transpose(0, 2, 3, 1, 4)
     at = cache.length[:, None] - q.shape[1] + jnp.arange(q.shape[1], dtype=jnp.int32)
     known = Rules(at, **{"window": None, "sink_tokens": 0, "scale": 0.125, "soft_cap": None, **rules})
-    args = (q5, cache.keys, cache.values, cache.format, known, read_ranges(cache))
-    more = dict(center=cache.center, gain=cache.gain, table=cache.table, page_size=cache.page_size, ring=cache.ring)
-    return attention.codes_attention(*args, **more, capacity=cache.capacity), kernel.codes_attention(*args, **more)
+    shift = None if cache.center is None else jnp.einsum("bkgld,kd->bkgl", q5, cache.center)
+    args = (q5, cache.keys, cache.values, cache.format, known, read_ranges(cache), shift, cache.table)
+    more = dict(page_size=cache.page_size, ring=cache.ring)
+    return attention.codes_attention(*args, cache.capacity, **more), kernel.codes_attention(*args, **more)
 
 
 def close(want, got, tolerance=2e-5):
