@@ -1,9 +1,8 @@
 """A quantized key/value cache in a Flax model of your own: three lines of its attention.
 
 `python examples/kv_cache.py --cache int4-g64-asym-rot` decodes a small random model, once with a float cache and once
-with a quantized one, and says what both take and how far apart they are. For nnx the three lines are the same, with the
-cache in a variable: `self.cache = nnx.Cache(kv_cache.init(...))` in `__init__`, and then
-`self.cache.value = kv_cache.append(self.cache.value, k, v)`.
+with a quantized one, and says what both take and how far apart they are. `examples/kv_cache_nnx.py` is the same for
+nnx, with quantized weights beside the cache.
 """
 
 import argparse

@@ -7,6 +7,8 @@ The parts of the cache (codes, sinks in float, window in float) are taken one af
 few queries on a GPU a kernel stands in its place.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,7 @@ from jquant.kv_cache.coding import Store, decode_vectors
 from jquant.kv_cache.format import CacheFormat
 from jquant.kv_cache.rotation import rotate, unrotate
 from jquant.kv_cache.softmax import Rules, Running, take_in, take_logits
+from jquant.ops.choice import PROVEN, How, words
 
 # Positions decoded at once. On two cores 256 x 64 floats of a head stay in the first two levels of the CPU's caches:
 # over int8 codes the products then take the time of products over floats; decoded whole, twice as much.
@@ -34,7 +37,7 @@ def attend(
     scale: float | None = None,
     sink_logits: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention of `q` over what the cache holds.
+    """Causal grouped-query attention of `q` over what the cache holds. `explain` says what a GPU makes of it.
 
     Args:
       q: `[batch, tokens, heads, head_dim]`, heads a multiple of kv_heads: query head h reads key head h // G.
@@ -59,6 +62,7 @@ def attend(
     batch, tokens, heads, dim = q.shape
     kv_heads = cache.keys.codes[0].shape[1]
     _check(q, cache, kv_heads, window, sink_tokens)
+    _check_rules(q.shape, positions, sink_logits, soft_cap)
     if positions is None:
         positions = cache.length[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
     rules = Rules(positions, window, sink_tokens, dim**-0.5 if scale is None else scale, soft_cap)
@@ -72,6 +76,34 @@ def attend(
     out = state.out / jnp.where(state.total == 0, 1, state.total)
     out = jnp.where(cache.overflow[:, None, None, None, None], jnp.nan, out)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def explain(cache: KVCache, heads: int, tokens: int = 1) -> How:
+    """How `attend` reads the codes of a cache; runs nothing.
+
+    Args:
+      cache: a cache, or its shapes: `jax.eval_shape(lambda: init(...))`.
+      heads: of the queries, a multiple of the cache's.
+      tokens: queries of a sequence at once: 1 when one token is decoded after the other.
+
+    Returns:
+      A `How`: `text`, for people; `kernel`, the one in a program lowered for an NVIDIA GPU, or ""; `reason`, why none.
+
+    Raises:
+      CacheError: heads that do not fit the cache, or no token.
+    """
+    kv_heads = cache.keys.codes[0].shape[1]
+    if min(heads, tokens) < 1 or heads % kv_heads:
+        raise CacheError(f"explain: {heads=} must be a multiple of {kv_heads}, and {tokens=} at least 1")
+    reason = _why_no_kernel(cache, heads // kv_heads * tokens) or ""
+    chosen = "xla" if reason else "attention"
+    text = f"{cache.format}: {words(chosen, reason)}; elsewhere decoded block by block"
+    return How(text, PROVEN.get(chosen, ""), reason)
+
+
+def _why_no_kernel(cache: KVCache, rows: int) -> str | None:
+    """Why a GPU does not run the kernel for so many queries of a key head; None where it does."""
+    return kernel.why_not(cache.format, cache.head_dim, rows, cache.page_size)
 
 
 def _check(q: jax.Array, cache: KVCache, kv_heads: int, window: int | None, sink_tokens: int) -> None:
@@ -95,26 +127,42 @@ def _check(q: jax.Array, cache: KVCache, kv_heads: int, window: int | None, sink
         )
 
 
+def _check_rules(
+    shape: tuple[int, ...], positions: jax.Array | None, sink_logits: jax.Array | None, soft_cap: float | None
+) -> None:
+    batch, tokens, heads, _ = shape
+    for name, given, want in (("positions", positions, (batch, tokens)), ("sink_logits", sink_logits, (heads,))):
+        if given is not None and given.shape != want:
+            raise CacheError(f"attend: {name} {given.shape} must be of shape {want}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise CacheError(f"attend: soft_cap {soft_cap} must be positive, or None")
+
+
 def _over_codes(q: jax.Array, cache: KVCache, rules: Rules) -> Running:
-    """`codes_attention`: the kernel where a program is lowered for an NVIDIA GPU, and has one for this cache."""
-    arrays = (q, cache.keys, cache.values, rules.at, read_ranges(cache), cache.center, cache.gain, cache.table)
-    page = cache.page_size
+    """`codes_attention`, with queries turned as keys were: the kernel where a program is lowered for an NVIDIA GPU, and
+    has one for this cache."""
+    fmt, gain = cache.format, cache.gain
+    turned = rotate(q if gain is None else q * gain[:, None, None], fmt.keys.rotations, fmt.seed)
+    shift = None if cache.center is None else jnp.einsum("bkgld,kd->bkgl", q, cache.center)
+    state = _choose(turned, shift, cache, rules)
+    return state._replace(out=unrotate(state.out, fmt.values.rotations, fmt.seed))
 
-    def plain(q, keys, values, at, ranges, center, gain, table):  # type: ignore[no-untyped-def]
-        return codes_attention(
-            q, keys, values, cache.format, rules._replace(at=at), ranges, center=center, gain=gain, table=table,
-            page_size=page, capacity=cache.capacity, ring=cache.ring,
-        )  # fmt: skip
 
-    if kernel.why_not(cache.format, cache.head_dim, q.shape[2] * q.shape[3], page) is not None:
+def _choose(q: jax.Array, shift: jax.Array | None, cache: KVCache, rules: Rules) -> Running:
+    arrays = (q, cache.keys, cache.values, rules.at, read_ranges(cache), shift, cache.table)
+    how: dict[str, Any] = dict(page_size=cache.page_size, ring=cache.ring)
+
+    def plain(q, keys, values, at, ranges, shift, table):  # type: ignore[no-untyped-def]
+        rule = rules._replace(at=at)
+        return codes_attention(q, keys, values, cache.format, rule, ranges, shift, table, cache.capacity, **how)
+
+    if _why_no_kernel(cache, q.shape[2] * q.shape[3]) is not None:
         return plain(*arrays)
 
     @jax.custom_jvp
-    def fast(q, keys, values, at, ranges, center, gain, table):  # type: ignore[no-untyped-def]
-        return kernel.codes_attention(
-            q, keys, values, cache.format, rules._replace(at=at), ranges, center=center, gain=gain, table=table,
-            page_size=page, ring=cache.ring,
-        )  # fmt: skip
+    def fast(q, keys, values, at, ranges, shift, table):  # type: ignore[no-untyped-def]
+        rule = rules._replace(at=at)
+        return kernel.codes_attention(q, keys, values, cache.format, rule, ranges, shift, table, **how)
 
     fast.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return jax.lax.platform_dependent(*arrays, cuda=fast, default=plain)
@@ -127,22 +175,22 @@ def codes_attention(
     fmt: CacheFormat,
     rules: Rules,
     ranges: tuple[jax.Array, jax.Array],
-    *,
-    center: jax.Array | None,
-    gain: jax.Array | None,
+    shift: jax.Array | None,
     table: jax.Array | None,
-    page_size: int,
     capacity: int,
+    *,
+    page_size: int,
     ring: bool,
 ) -> Running:
     """The part of attention that reads codes: float32 `q` `[B, K, G, L, D]` over raw arrays of codes and scales.
 
-    `ranges` are those of `cache.read_ranges`, the other arguments those of `KVCache`.
+    Queries are turned as the keys were, and the values that come out are turned as they are stored. `shift`
+    `[B, K, G, L]` is added to the products, for the keys' center. `ranges` are those of `cache.read_ranges`, the other
+    arguments those of `KVCache`.
     """
     dim = q.shape[-1]
     end, written = ranges
-    turned = rotate(q if gain is None else q * gain[:, None, None], fmt.keys.rotations, fmt.seed)
-    shift = 0.0 if center is None else jnp.einsum("bkgld,kd->bkgl", q, center)[..., None]
+    moved = 0.0 if shift is None else shift[..., None]
     step = page_size or fmt.tokens
     size = min(capacity, max(step, _BLOCK // step * step))
 
@@ -153,7 +201,7 @@ def codes_attention(
         seen = (at >= fmt.sinks) & (at < end[:, None]) & (slots >= i * size)
         read = lambda store, coding: decode_vectors(_slice(store, table, start, size), coding, dim)
         (k, k_scale), (v, v_scale) = read(keys, fmt.keys), read(values, fmt.values)
-        return take_in(state, turned, k, v, jnp.where(seen, at, -1), rules, k_scale, v_scale, shift)
+        return take_in(state, q, k, v, jnp.where(seen, at, -1), rules, k_scale, v_scale, moved)
 
     empty = jnp.zeros(q.shape[:-1] + (1,), jnp.float32)
     state = Running(empty - jnp.inf, empty, jnp.zeros(q.shape, jnp.float32))
@@ -161,8 +209,7 @@ def codes_attention(
     first = jnp.zeros((), jnp.int32)
     if rules.window is not None and not ring and rules.sink_tokens <= fmt.sinks:
         first = jnp.maximum(jnp.min(rules.at) - rules.window + 1, 0) // size
-    state = jax.lax.fori_loop(first, (last + size - 1) // size, block, state)
-    return state._replace(out=unrotate(state.out, fmt.values.rotations, fmt.seed))
+    return jax.lax.fori_loop(first, (last + size - 1) // size, block, state)
 
 
 def _slice(store: Store, table: jax.Array | None, start: jax.Array, size: int) -> Store:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.core.errors import CacheError
-from jquant.kv_cache import paging
+from jquant.kv_cache import checks, paging
 from jquant.kv_cache.coding import Store, empty_store, encode_vectors, static_scale
 from jquant.kv_cache.format import CacheFormat, Coding, parse
 from jquant.kv_cache.rotation import rotate
@@ -105,7 +105,8 @@ def init(
         that fuse it with what follows and in those that don't.
 
     Raises:
-      CacheError: sizes that are not positive or do not fit each other.
+      CacheError: sizes that are not positive or do not fit each other; scales, a center or a gain that do not fit the
+        cache or its format.
     """
     fmt = parse(format)
     step = fmt.tokens if pages is None else page_size
@@ -118,6 +119,12 @@ def init(
         )
     if ring and pages is not None:
         raise CacheError("init: a ring takes no pages: it has its memory from the start")
+    for name, given in (("center", center), ("gain", gain)):
+        if given is not None:
+            words = "one number, [head_dim] or [kv_heads, head_dim]"
+            checks.fitting("init", name, given, (kv_heads, head_dim), words, positive=name == "gain")
+    checks.static_scale("key_scale", key_scale, fmt.keys, kv_heads)
+    checks.static_scale("value_scale", value_scale, fmt.values, kv_heads)
     capacity = -(-length // step) * step
     rows, slots = (batch, capacity) if pages is None else (pages, page_size)
 
@@ -160,15 +167,18 @@ def append(cache: KVCache, k: jax.Array, v: jax.Array, counts: jax.Array | None 
     Args:
       cache: donate it to the jitted program that appends, and it is changed in place.
       k, v: `[batch, tokens, kv_heads, head_dim]`.
-      counts: int32 `[batch]`, how many of the tokens each sequence takes, the first ones; None for all.
+      counts: int32 `[batch]`, how many of the tokens each sequence takes, the first ones; None for all. Inside jit
+        what is below 0 or above `tokens` is taken as that.
 
     Raises:
       CacheError: shapes that do not fit; or there is no room, outside jit. Inside, nothing of that sequence is written,
         its `overflow` is set and attention gives NaN for it.
     """
     _check_append(cache, k, v)
-    count = jnp.full(k.shape[0], k.shape[1], jnp.int32) if counts is None else jnp.minimum(counts, k.shape[1])
-    end = cache.length + count.astype(jnp.int32)
+    if counts is None:
+        counts = jnp.full(k.shape[0], k.shape[1], jnp.int32)
+    checks.counts(counts, k.shape[0], k.shape[1])
+    end = cache.length + jnp.clip(jnp.asarray(counts), 0, k.shape[1]).astype(jnp.int32)
     fits = jnp.full(k.shape[0], True) if cache.ring else end <= cache.capacity
     table = cache.table
     if table is not None:
@@ -192,7 +202,7 @@ def append(cache: KVCache, k: jax.Array, v: jax.Array, counts: jax.Array | None 
 
 
 def _check_append(cache: KVCache, k: jax.Array, v: jax.Array) -> None:
-    heads = cache.keys.codes[0].shape[1]
+    heads = _heads(cache)
     want = (cache.length.shape[0], k.shape[1] if k.ndim > 1 else -1, heads, cache.head_dim)
     if k.shape != want or v.shape != want:
         raise CacheError(
@@ -281,7 +291,12 @@ def read_ranges(cache: KVCache) -> tuple[jax.Array, jax.Array]:
 
 
 def evict(cache: KVCache, row: jax.Array | int) -> KVCache:
-    """Empties sequence `row`: its memory is zeros (or its pages are free) and its length 0; nothing of it is left."""
+    """Empties sequence `row`: its memory is zeros (or its pages are free) and its length 0; nothing of it is left.
+
+    Raises:
+      CacheError: there is no such row, outside jit.
+    """
+    checks.row("evict", row, cache.length.shape[0])
     if cache.table is None:
         clear = lambda store: jax.tree.map(lambda a: a.at[row].set(paging.blank(a.dtype)), store._replace(static=None))
         table = None
@@ -310,15 +325,11 @@ def insert(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCache:
       one: a cache of one sequence without pages, with the format, capacity, center, gain and static scales of `cache`.
 
     Raises:
-      CacheError: the caches differ; or the pool has too few pages, outside jit (inside, `overflow` is set).
+      CacheError: the caches differ; outside jit: there is no such row, or the pool has too few pages (inside,
+        `overflow` is set).
     """
-    alike = ("format", "head_dim", "capacity", "ring")
-    if one.table is not None or one.length.shape != (1,) or any(getattr(one, n) != getattr(cache, n) for n in alike):
-        raise CacheError(
-            "insert: needs a cache of one sequence without pages, init(batch=1, ...), with the same format, length, "
-            f"head_dim and ring; got {one.format}, {one.length.shape[0]} x {one.capacity} for {cache.format}, "
-            f"{cache.capacity}"
-        )
+    checks.row("insert", row, cache.length.shape[0])
+    _check_one(cache, one)
     cache = evict(cache, row)
     put = lambda a, b: a.at[row].set(b[0])
     length, overflow, table = one.length[0], one.overflow[0], cache.table
@@ -336,6 +347,26 @@ def insert(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCache:
         window=jax.tree.map(put, cache.window, one.window), table=table, length=cache.length.at[row].set(length),
         overflow=cache.overflow.at[row].set(overflow),
     )  # fmt: skip
+
+
+def _check_one(cache: KVCache, one: KVCache) -> None:
+    """`insert` is between caches that encode alike."""
+    alike = ("format", "head_dim", "capacity", "ring")
+    same = all(getattr(one, n) == getattr(cache, n) for n in alike)
+    if not same or one.table is not None or one.length.shape != (1,) or _heads(one) != _heads(cache):
+        size = lambda c: f"{c.format}, {c.length.shape[0]} x {c.capacity} x {_heads(c)} x {c.head_dim}"
+        raise CacheError(
+            "insert: needs a cache of one sequence without pages, init(batch=1, ...), with the same format, length, "
+            f"kv_heads, head_dim and ring; got {size(one)} for {size(cache)}"
+        )
+    for name in ("center", "gain"):
+        own, others = getattr(cache, name), getattr(one, name)
+        if (own is None) != (others is None):
+            raise CacheError(f"insert: the {name} of both caches must be the same, but only one of them has any")
+
+
+def _heads(cache: KVCache) -> int:
+    return cache.keys.codes[0].shape[1]
 
 
 def _insert_row(old: Store, new: Store, put: Any) -> Store:

@@ -147,7 +147,13 @@ def parse_coding(text: str) -> Coding:
     name = "-".join(words)
     if name in (*FLOATS, *CODEBOOKS):
         return Coding(name, tokens, rotations, search)
-    fmt = parse_format(name)
+    try:
+        fmt = parse_format(name)
+    except FormatError as error:
+        raise FormatError(
+            f"{error}; a cache also takes {', '.join((*FLOATS, *CODEBOOKS))}, behind a format any of -t32 (blocks of "
+            f"tokens), -search, -rot, -rot2, or alone one of {', '.join(PRESETS)}"
+        ) from error
     if fmt.block == "channel" and not {"f32", "bf16", "f16"} & set(words) and fmt.scale_dtype == "float32":
         fmt = fmt.replace(scale_dtype="bfloat16")
     return Coding(fmt, tokens, rotations, search)

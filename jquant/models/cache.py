@@ -1,6 +1,5 @@
 """The key/value cache of a decoder: `{"length": int32 [batch], "layers": {"0": KVCache, ...}}`, of any format."""
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,11 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jquant import kv_cache
-from jquant.core.elements import ELEMENTS
-from jquant.core.formats import Format
-from jquant.kv_cache import CacheFormat, Coding
-from jquant.kv_cache.cache import eased
-from jquant.kv_cache.rotation import rotate
+from jquant.kv_cache import CacheFormat
+from jquant.kv_cache.scales import largest, scales_of
 from jquant.models.config import Config
 from jquant.models.decoder import Decoder, build
 from jquant.models.errors import ModelError
@@ -110,9 +106,10 @@ def static_scales(
 ) -> dict[str, dict[str, jax.Array]]:
     """The scales of a format that are given beforehand, found on a text: `init_cache(..., **static_scales(...))`.
 
-    One for a layer, key or value, and head: the largest magnitude that is encoded, sinks excepted, gets the largest
-    number of the format. That is the range of a static activation (`Activation(static=True)`), but it can't come from
-    `calibrate`, which watches the inputs of matmuls with parameters: keys and values are outputs.
+    One for a layer, key or value, and head, as `kv_cache.static_scales` finds them in the cache of any model: the
+    largest magnitude that is encoded, sinks excepted, gets the largest number of the format. That is the range of a
+    static activation (`Activation(static=True)`), but it can't come from `calibrate`, which watches the inputs of
+    matmuls with parameters: keys and values are outputs.
 
     Args:
       params: the parameters of a decoder, float or quantized.
@@ -129,8 +126,7 @@ def static_scales(
       ModelError: no batch, or one without a token behind the sinks.
     """
     fmt = kv_cache.parse(format)
-    wanted = {n: c for n, c in (("key_scale", fmt.keys), ("value_scale", fmt.values)) if c.static}
-    if not wanted:
+    if not (fmt.keys.static or fmt.values.static):
         return {}
     apply = quantized(build(config))
 
@@ -139,8 +135,7 @@ def static_scales(
         cache = init_cache(config, tokens.shape[0], tokens.shape[1], "float32")
         layers = apply(params, tokens, cache=cache, logits_at=jnp.array([-1]))[1]["layers"]
         own = lambda name: (None if center is None else center[name], None if gain is None else gain[name])
-        largest = {n: _largest(c, fmt, *own(n)) for n, c in layers.items()}
-        return {which: {n: pair[which] for n, pair in largest.items()} for which in wanted}
+        return {n: largest(c, fmt, *own(n)) for n, c in layers.items()}
 
     total = None
     for tokens in map(jnp.asarray, batches):
@@ -150,20 +145,5 @@ def static_scales(
         total = found if total is None else jax.tree.map(jnp.maximum, total, found)
     if total is None:
         raise ModelError("static_scales needs at least one batch of tokens")
-    scale = lambda coding, largest: jnp.where(largest > 0, largest, 1) / _top(coding)
-    return {n: jax.tree.map(functools.partial(scale, wanted[n]), layers) for n, layers in total.items()}
-
-
-def _largest(cache: kv_cache.KVCache, fmt: CacheFormat, center: Any, gain: Any) -> dict[str, jax.Array]:
-    """The largest magnitudes of what a format encodes, `[K]`, from a float cache."""
-    behind = lambda store: store.codes[0][:, :, fmt.sinks :]
-    keys = rotate(eased(behind(cache.keys), center, gain), fmt.keys.rotations, fmt.seed)
-    values = rotate(behind(cache.values), fmt.values.rotations, fmt.seed)
-    return {n: jnp.max(jnp.abs(x), axis=(0, 2, 3)) for n, x in (("key_scale", keys), ("value_scale", values))}
-
-
-def _top(coding: Coding) -> float:
-    """The largest number of a format with a static scale, that scale not counted."""
-    assert isinstance(coding.format, Format)
-    top = ELEMENTS[coding.format.element].top
-    return top if coding.format.block == "tensor" else top * float(jnp.finfo(jnp.float8_e4m3fn).max)
+    scales = {n: scales_of(layer, fmt) for n, layer in total.items()}
+    return {which: {n: layer[which] for n, layer in scales.items()} for which in scales["0"]}

@@ -17,6 +17,7 @@ KERNELS = ("auto", "never", "require")
 PROVEN = {
     "weights": "quantized_matmul, proven in Pallas' interpreter and on an H100",
     "codes": "low_precision_matmul, proven in Pallas' interpreter and on an H100",
+    "attention": "decode_attention, proven in Pallas' interpreter and on an H100",
 }
 
 # Up to so many rows of the input (None: however many), what is taken, in this order, if it can do the product.
@@ -90,6 +91,7 @@ def words(name: str, reason: str, written: bool = False) -> str:
 
 _WORDS = {
     "weights": "by a kernel that reads codes",
+    "attention": "by a kernel that reads codes",
     "codes": "by a kernel that multiplies codes",
     "xla": "by XLA",
 }

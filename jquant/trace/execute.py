@@ -234,6 +234,8 @@ def _check_kernels(reads: Iterable[Ran]) -> None:
 def explain(apply: Callable[..., Any], qparams: Any, *args: Any, kernels: str = "auto", **kwargs: Any) -> list[Ran]:
     """How each read of a quantized parameter in `apply(qparams, *args, **kwargs)` would run, in order; runs nothing.
 
+    Attention over a quantized cache reads no parameter: `kv_cache.explain` says how that runs.
+
     Args:
       apply, qparams: as for `quantized`.
       kernels: what would be given to `quantized`. Here "require" raises nothing.

@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import runpy
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -248,3 +250,15 @@ def test_generate_fits_the_cache_to_a_text(files, capsys):
     assert code == 2 and "rounds no keys" in said
     code, _, said = generate(capsys, files, "--prompt", "It", "--cache", "kivi4", "--cache-text", files / "text.txt")
     assert code == 2 and "nothing of it is fitted to a text" in said
+
+
+@pytest.mark.slow
+def test_the_example_of_a_fitted_cache_writes_what_generate_does(files, capsys, monkeypatch):
+    """Quantized weights, a cache fitted to a text; the example stops half-way and goes on from what it saved."""
+    given = ["--prompt", "It was", "--cache", "keys=int4-g8-asym-rot,values=fp8_e4m3-tensor,sinks=2"]
+    text = str(files / "text.txt")
+    code, shown, _ = generate(capsys, files, *given, "--cache-text", text)
+    model = ["--model", str(files / "saved"), "--text", text, "--length", "64", "--windows", "8", "--tokens", "12"]
+    monkeypatch.setattr("sys.argv", ["fitted_cache", *given, *model])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "fitted_cache.py"), run_name="__main__")
+    assert code == 0 and capsys.readouterr().out == shown

@@ -203,8 +203,57 @@ def test_insert_and_evict(name, pages):
 
 
 def test_insert_says_what_does_not_fit():
-    with pytest.raises(CacheError, match="same format, length"):
-        kv_cache.insert(init(2, 8, 1, 64, "int8"), 0, init(1, 16, 1, 64, "int8"))
+    cache, one = init(2, 8, 1, 64, "int8"), init(1, 8, 1, 64, "int8")
+    for other in (init(1, 16, 1, 64, "int8"), init(1, 8, 2, 64, "int8"), cache):
+        with pytest.raises(CacheError, match="same format, length"):
+            kv_cache.insert(cache, 0, other)
+    with pytest.raises(CacheError, match="the center of both caches"):
+        kv_cache.insert(cache, 0, init(1, 8, 1, 64, "int8", center=0.5))
+    for row in (2, -1, np.int32(7), jnp.arange(2)):  # a write to no row would go unseen
+        with pytest.raises(CacheError, match="one number from 0 to 1"):
+            kv_cache.insert(cache, row, one)
+        with pytest.raises(CacheError, match="one number from 0 to 1"):
+            kv_cache.evict(cache, row)
+
+
+@pytest.mark.parametrize("counts, message", [([-1, 2], "from 0 to the 3"), ([1, 4], "from 0 to the 3"), ([1], "batch")])
+def test_counts_that_do_not_fit(counts, message):
+    _, k, v = tokens(2, 3)
+    with pytest.raises(CacheError, match=message):
+        kv_cache.append(init(2, 8, 2, 64, "int8"), k, v, jnp.array(counts))
+
+
+def test_a_sequence_never_gets_shorter_and_takes_no_more_than_there_is():
+    """Inside jit, where numbers are not known: counts beyond both ends are those ends."""
+    _, k, v = tokens(2, 3)
+    start = append(init(2, 8, 2, 64, "int8"), k, v)
+    same_bits(append(start, k, v, jnp.array([-1, 9])), append(start, k, v, jnp.array([0, 3])))
+
+
+@pytest.mark.parametrize("name", ["int8", "keys=int4-t8-asym,values=nvfp4,sinks=2,residual=4"])
+@pytest.mark.parametrize("more", [{}, dict(ring=True), dict(pages=4, page_size=8)], ids=str)
+def test_nothing_to_append_and_nothing_to_ask(name, more):
+    q, k, v = tokens(2, 12)
+    cache = append(init(2, 16, 2, 64, name, **more), k, v)
+    same_bits(append(cache, k[:, :0], v[:, :0]), cache)
+    assert attend(q[:, :0], cache).shape == (2, 0, 4, 64)
+    np.testing.assert_array_equal(attend(q[:, :1], init(2, 16, 2, 64, name, **more)), 0)
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("int8", dict(key_scale=2.0), "key_scale is given, but int8 has no static scale"),
+        ("fp8_e4m3-tensor", dict(value_scale=0.0), "value_scale must be finite and positive, got 0"),
+        ("nvfp4", dict(key_scale=[1.0, 2.0, 3.0]), r"must be one number, or \[kv_heads\], here \[2\]"),
+        ("int8", dict(gain=-1.0), "gain must be finite and positive"),
+        ("int8", dict(center=np.zeros(3)), r"here \[2, 64\]"),
+        ("int8", dict(center=np.nan), "center must be finite"),
+    ],
+)
+def test_settings_that_do_not_fit(name, settings, message):
+    with pytest.raises(CacheError, match=message):
+        init(1, 8, 2, 64, name, **settings)
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
@@ -232,6 +281,12 @@ def test_errors_of_shapes():
         kv_cache.attend(q[:, :, :3], cache)
     with pytest.raises(CacheError, match="window 0"):
         kv_cache.attend(q, cache, window=0)
+    with pytest.raises(CacheError, match=r"positions \(3,\) must be of shape \(2, 3\)"):
+        kv_cache.attend(q, cache, positions=jnp.arange(3))
+    with pytest.raises(CacheError, match="sink_logits"):
+        kv_cache.attend(q, cache, sink_logits=jnp.zeros(3))
+    with pytest.raises(CacheError, match="soft_cap 0"):
+        kv_cache.attend(q, cache, soft_cap=0.0)
     with pytest.raises(CacheError, match="positive"):
         init(0, 8, 2, 64)
     with pytest.raises(CacheError, match="must be the same, or 1"):
@@ -245,3 +300,30 @@ def test_static_scales_are_the_caches_own():
     default = filled("fp8_e4m3-tensor", q, k, v)
     given = filled("fp8_e4m3-tensor", q, k, v, key_scale=np.array([10.0, 12.0]))
     assert relative(attend(q, given)[0], want) < 0.2 < relative(attend(q, default)[0], want)
+
+
+@pytest.mark.parametrize("name", ["fp8_e5m2-tensor", "keys=fp8_e4m3-tensor-rot,values=nvfp4,sinks=2"])
+def test_static_scales_of_a_text_in_any_models_cache(name):
+    """The largest number gets the largest code; keys beyond the range of a scale of 1 are right again."""
+    q, k, v = tokens(2, COUNT)
+    q, k, center = q / 1e5, k * 1e5, np.full((2, 64), 3e4, np.float32)
+    counts = jnp.array([COUNT, 9])
+    text = append(init(2, 48, 2, 64, "float32"), k, v, counts)
+    found = kv_cache.static_scales(text, name, center=center)
+    cache = lambda **more: append(init(2, 48, 2, 64, name, dtype="float32", center=center, **more), k, v, counts)
+    want = reference(q[0], k[0], v[0])
+    out = lambda **more: relative(attend(q, cache(**more))[0], want)
+    assert found["key_scale"].shape == found["value_scale"].shape == (2,)
+    assert out(**found) < 0.2 < out(value_scale=found["value_scale"])
+
+
+def test_static_scales_are_of_float_caches_and_for_formats_that_have_one():
+    cache = init(1, 8, 2, 64, "float32")
+    assert kv_cache.static_scales(cache, "int8") == {}
+    found = kv_cache.static_scales(cache, "keys=int8,values=fp8_e4m3-tensor")
+    np.testing.assert_allclose(found.pop("value_scale"), 1 / 448)
+    assert not found
+    for fmt, more in (("int8", {}), ("float32", dict(ring=True)), ("float32", dict(pages=2))):
+        other = init(1, 8, 2, 64, fmt, **more)
+        with pytest.raises(CacheError, match="needs a float cache"):
+            kv_cache.static_scales(other, "nvfp4")

@@ -36,6 +36,7 @@ def test_scales_of_a_token_and_head_are_two_bytes_unless_said():
     "name, message",
     [
         ("int9", "int9"),
+        ("int4-oops", "'oops' is not understood.*lloyd4, behind a format any of -t32.*fine4"),
         ("keys=int8", "does not say how keys and values"),
         ("int8,sinks=-1", "is not understood"),
         ("int8,depth=3", "depth=3"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jquant import kv_cache
+from jquant.core.errors import CacheError
 from jquant.kv_cache import attention, kernel
 from jquant.kv_cache.cache import read_ranges
 from jquant.kv_cache.softmax import Rules
@@ -38,9 +39,10 @@ def both(cache, q, **rules):
     q5 = q.reshape(q.shape[0], q.shape[1], kv_heads, -1, q.shape[-1]).transpose(0, 2, 3, 1, 4)
     at = cache.length[:, None] - q.shape[1] + jnp.arange(q.shape[1], dtype=jnp.int32)
     known = Rules(at, **{"window": None, "sink_tokens": 0, "scale": 0.125, "soft_cap": None, **rules})
-    args = (q5, cache.keys, cache.values, cache.format, known, read_ranges(cache))
-    more = dict(center=cache.center, gain=cache.gain, table=cache.table, page_size=cache.page_size, ring=cache.ring)
-    return attention.codes_attention(*args, **more, capacity=cache.capacity), kernel.codes_attention(*args, **more)
+    shift = None if cache.center is None else jnp.einsum("bkgld,kd->bkgl", q5, cache.center)
+    args = (q5, cache.keys, cache.values, cache.format, known, read_ranges(cache), shift, cache.table)
+    more = dict(page_size=cache.page_size, ring=cache.ring)
+    return attention.codes_attention(*args, cache.capacity, **more), kernel.codes_attention(*args, **more)
 
 
 def close(want, got, tolerance=2e-5):
@@ -143,3 +145,27 @@ def test_reasons_say_why_a_gpu_runs_the_plain_path():
     assert "pages of 8" in why("int8", 4, 8)
     cache, q = filled("int8", groups=40)
     assert TARGET not in lowered(decode, cache, q)
+
+
+@pytest.mark.parametrize(
+    "name, heads, tokens, reason",
+    [
+        ("int8", 8, 1, ""), ("turbo4", 8, 4, ""), ("int8", 8, 40, "160 queries"), ("kivi4", 8, 1, ""),
+        ("int8", 8, 1, "pages of 8"),
+    ],
+)  # fmt: skip
+def test_explain_says_what_the_program_of_a_gpu_is_made_of(name, heads, tokens, reason):
+    """Of a cache, or of its shapes alone."""
+    paged = dict(pages=16, page_size=8) if "pages" in reason else {}
+    make = lambda: kv_cache.init(2, 64, 2, 64, name, **paged)
+    found = kv_cache.explain(jax.eval_shape(make), heads, tokens)
+    assert found == kv_cache.explain(make(), heads, tokens)
+    assert (reason in found.reason) if reason else not found.reason
+    assert found.text.startswith(str(kv_cache.parse(name))) and found.reason in found.text
+    q = jnp.zeros((2, tokens, heads, 64))
+    assert (TARGET in lowered(decode, make(), q)) == bool(found.kernel) == (not reason)
+
+
+def test_explain_refuses_heads_that_do_not_fit():
+    with pytest.raises(CacheError, match="heads=3 must be a multiple of 2"):
+        kv_cache.explain(kv_cache.init(1, 8, 2, 64), 3)

@@ -115,6 +115,30 @@ def test_a_saved_state_keeps_what_the_cache_was_fitted_to(tmp_path):
     np.testing.assert_array_equal(np.concatenate([first.tokens, rest.tokens], 1), whole.tokens)
 
 
+def test_quantized_weights_and_the_state_are_restored_together(tmp_path):
+    recipe = jq.Recipe({"*embed*": None, "*lm_head*": None, "*": jq.INT4_G32})
+    q, apply = jq.quantize(APPLY, PARAMS, recipe, jq.rtn(), [PROMPT]), jq.quantized(APPLY)
+    cache, draw = lambda: init_cache(CONFIG, 2, 24, "int4-g8-asym-rot"), dict(temperature=1.2, key=jax.random.key(5))
+    whole = generate(apply, q, PROMPT, cache=cache(), max_tokens=10, **draw)
+    first = generate(apply, q, PROMPT, cache=cache(), max_tokens=4, **draw)
+    jq.save(tmp_path / "weights", q)
+    save_state(tmp_path / "state", first.state)
+    q, state = jq.load(tmp_path / "weights"), load_state(tmp_path / "state")
+    rest = generate(apply, q, state=state, max_tokens=6, temperature=1.2)
+    np.testing.assert_array_equal(np.concatenate([first.tokens, rest.tokens], 1), whole.tokens)
+
+
+@pytest.mark.parametrize("name", ["float32", "int8"])
+def test_a_ring_of_the_windows_length_goes_on_for_ever(name):
+    """Mistral's window of 5: 26 tokens pass through 10 positions, and none is another than with room for all."""
+    config = CONFIGS["mistral"]
+    apply, params, prompt = build(config), make_params(config), make_tokens(config, 6)
+    ring = init_cache(config, 2, 10, name, ring=True)
+    assert {config.window(i) for i in range(config.num_layers)} == {5}
+    whole = generate(apply, params, prompt, config, max_tokens=20, cache_format=name)
+    np.testing.assert_array_equal(generate(apply, params, prompt, cache=ring, max_tokens=20).tokens, whole.tokens)
+
+
 def test_a_pool_shared_by_rows_and_one_that_is_too_small():
     whole = generate(APPLY, PARAMS, PROMPT, CONFIG, max_tokens=9)
     paged = lambda pages: init_cache(CONFIG, 2, 16, pages=pages, page_size=4)
