@@ -47,6 +47,7 @@ ROWS = [
     "fine4,residual=128+eased", "int4-g64-asym,residual=128", "kivi4", "kivi2", "turbo2", "fine2+eased", "fine2,residual=128+eased",
     "keys=int4-t64-asym,values=int4-g64-asym,residual=128", "keys=int2-t64-asym,values=int2-g64-asym,residual=128",
     "keys=int4-t64-asym-ze3m4-search,values=int4-g64-asym-ze3m4-search,residual=128",
+    "keys=int4-g32-asym-ze3m4-e4m3-search-rot,values=int4-g64-asym-ze3m4-e4m3-search-rot,sinks=4,residual=128+eased",
 ]  # fmt: skip
 PEERS = {
     f"transformers {backend}, {bits} bits, {axes}": (backend, str(bits), axes)
