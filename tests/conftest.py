@@ -34,16 +34,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item):
-    """Strict promotion: an accidental int32 * float32, which a user's program might see as float64, is an error.
-
-    Fast tests spend their time in the compiler: theirs does little. Slow ones, and those marked `optimized`, get what
-    users get.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fast tests spend their time in the compiler: theirs does little. Slow ones, and those marked `optimized`, get
+    what users get; their fixtures too, so that bits can be compared.
     """
-    standard = item.get_closest_marker("standard_promotion")
     as_users = {"slow", "optimized"} & {m.name for m in item.iter_markers()}
     jax.config.update("jax_disable_most_optimizations", not as_users and jax.default_backend() == "cpu")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Strict promotion: an accidental int32 * float32, which a user's program might see as float64, is an error."""
+    standard = item.get_closest_marker("standard_promotion")
     with contextlib.nullcontext() if standard else jax.numpy_dtype_promotion("strict"):
         return (yield)
 
