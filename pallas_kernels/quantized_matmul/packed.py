@@ -1,4 +1,4 @@
-"""Codes to floats two and four at a time, by inline PTX: what `upcast` calculates, in a third of the instructions.
+"""Codes to floats two and four at a time, by inline PTX: what `upcast` calculates.
 
 A register holds two 16-bit floats. Two words of codes are upcast in one register, lane by lane:
 
@@ -6,8 +6,8 @@ A register holds two 16-bit floats. Two words of codes are upcast in one registe
     floats     shift and mask twice (sign, and the rest at its place), a multiplication by a power of two
     tables     bytes are looked up by `prmt`, four codes at a time: eight entries by one, sixteen by two and a select
 
-No interpreter runs PTX. What is tested anywhere is the text, instruction by instruction; kernels that have it were
-compared with the definition of right on a GPU (benchmarks/kernels.py).
+No interpreter runs PTX. What is tested anywhere is the text, instruction by instruction; kernels that have it ran
+their tests on a GPU (benchmarks/results/kernels-h100.md).
 """
 
 from collections.abc import Sequence

@@ -8,8 +8,8 @@ the lanes are added:
 
     sum_k w_k x_k  =  sum_l sum_j w_(j L + l) x_(j L + l)
 
-Where one step of the loop lies within a group, the scale multiplies the sums, in float32. Else (groups of 16 and 32) it
-multiplies the upcast elements, as if the weight had been dequantized in the dtype of the activations.
+Groups of at least 16 elements a lane have sums of their own, which the scale multiplies, in float32; a step of the loop
+takes a part of a group, or several. In smaller groups (16 and 32) it multiplies the upcast elements, as if the weight had been dequantized in the dtype of the activations.
 
 float32 activations are parted into three bfloat16 numbers that add up to them, as three times the rows: codes are exact
 in bfloat16, so the product is one of float32.
