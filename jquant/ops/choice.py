@@ -29,7 +29,7 @@ TABLE: dict[str, tuple[tuple[int | None, tuple[str, ...]], ...]] = {
     "int8 x fewer bits": ((64, ("weights", "codes")), (None, ("xla",))),
     # XLA has none whose groups have scales of their own: it would run one product for each group.
     "int8 in groups": ((64, ("weights", "codes")), (None, ("codes", "weights"))),
-    # Tensor cores have products of fp8, which XLA takes and the kernel does not (no timing yet); few rows wait for bytes.
+    # XLA takes the products of fp8 that tensor cores have, the kernel does not (not timed); few rows wait for bytes.
     "fp8": ((64, ("weights",)), (None, ("xla",))),
     "fp8 in groups": ((64, ("weights", "codes")), (None, ("codes",))),
 }

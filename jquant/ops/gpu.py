@@ -15,10 +15,9 @@ from jquant.core.scales import scale_values
 from jquant.ops import parted
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.quantized_matmul.elements import ELEMENTS
-from pallas_kernels.quantized_matmul.tilings import FEW, MIN_LANE_K
-from pallas_kernels.quantized_matmul.triton import Weight as KernelWeight
+from pallas_kernels.quantized_matmul.tilings import FEW
+from pallas_kernels.quantized_matmul.triton import small_groups, weight_of
 from pallas_kernels.quantized_matmul.triton import why_not as why_no_kernel
-from pallas_kernels.quantized_matmul.triton import word_bytes
 
 OUT = ("bfloat16", "float16", "float32")
 
@@ -37,6 +36,7 @@ class _How(NamedTuple):
     element: str
     group_size: int | None
     out_dtype: Any
+    exact: bool
     interpret: bool
 
 
@@ -75,21 +75,24 @@ def why_not_exact(x: jax.Array, q: QTensor, batch: Sequence[int], out_dtype: Any
     Scales of small groups multiply the weight's codes, rounded to bfloat16, not the sums.
     """
     bf16, fmt, n = jnp.dtype("bfloat16"), q.format, q.row_length
-    if x.shape[-2] > FEW:  # the weight is written out in 16 bits then, which rounds it
-        return f"more than {FEW} rows, for which the kernel of packed codes may round the weight"
+    if x.shape[-2] > FEW:
+        return f"more than {FEW} rows, for which the kernel of packed codes is not made"
     reason = why_not(x, q, batch, bf16, out_dtype, bf16)
     if reason is not None or fmt.blocks(n) == 1:
         return reason
-    group = fmt.group_size
-    assert group is not None
-    lanes = KernelWeight(fmt.element, group, n, word_bytes(fmt.element, group, n, None, bf16)).lanes
-    if (group & -group) < MIN_LANE_K * lanes:
-        return f"groups of {group}, whose scales the kernel of packed codes rounds to bfloat16"
+    if small_groups(weight_of(fmt.element, fmt.group_size, n, None, bf16)):
+        return f"groups of {fmt.group_size}, whose scales the kernel of packed codes rounds to bfloat16"
     return None
 
 
 def dot(
-    x: jax.Array, q: QTensor, *, batch: Sequence[int] = (), out_dtype: Any = None, interpret: bool = False
+    x: jax.Array,
+    q: QTensor,
+    *,
+    batch: Sequence[int] = (),
+    out_dtype: Any = None,
+    exact: bool = False,
+    interpret: bool = False,
 ) -> jax.Array:
     """`ops.dot` by the kernel, the codes of `q` alone: `[*batch axes, tokens, *other kept axes]`.
 
@@ -99,12 +102,13 @@ def dot(
     Args:
       x, q, batch: as for `ops.dot`.
       out_dtype: of the result; that of `x` by default.
+      exact: the weight is not rounded, however many rows a `vmap` makes of those of `x`: see `why_not_exact`.
       interpret: run the kernel on any machine, slowly.
     """
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     weight, after = arrays(q, batch)
     dtype = out_dtype if after is None else jnp.dtype(jnp.float32)
-    how = _How(q.format.element, q.format.group_size, dtype, interpret)
+    how = _How(q.format.element, q.format.group_size, dtype, exact, interpret)
     out = parted.product((x,), weight, parted.Static(_kernel, how, len(batch), q.format.group_size))
     if after is None:
         return out

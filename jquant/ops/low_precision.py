@@ -263,7 +263,7 @@ def _fp8_total_cpu(a: Side, u: Side, size: Any, layout: _Layout) -> jax.Array:
 def _packed(codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...], interpret: bool = False) -> jax.Array:
     """The weight-only kernel on the input's codes, which are numbers of bfloat16."""
     a = _numbers(codes, zero, q).astype(jnp.bfloat16)
-    return gpu.dot(a, q, batch=batch, out_dtype=jnp.float32, interpret=interpret)
+    return gpu.dot(a, q, batch=batch, out_dtype=jnp.float32, exact=True, interpret=interpret)
 
 
 def _decoded(codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...]) -> jax.Array:

@@ -16,9 +16,8 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import compat
 from pallas_kernels.blocks import load, mask
 from pallas_kernels.gpus import gpu
-from pallas_kernels.quantized_matmul import upcast
 from pallas_kernels.quantized_matmul.tilings import Tiling
-from pallas_kernels.quantized_matmul.triton import Scaler, Weight, elements, why_not, word_bytes
+from pallas_kernels.quantized_matmul.triton import Scaler, Weight, as_read, elements, small_groups, weight_of, why_not
 
 TILING = Tiling(0, 32, 256, 1, 8, 1)  # eighteen that were tried on an H100 differ by little
 
@@ -77,18 +76,11 @@ def decode(
         reason = f"{jnp.dtype(dtype).name} is not of 16 bits"
     if reason is not None:
         raise ValueError(f"decode: no Triton kernel for {element}: {reason}")
-    group = 0 if group_size is None or group_size >= k else group_size
-    weight = Weight(element, group, k, word_bytes(element, group, k, tiling.block_k, dtype))
-    scale = jnp.broadcast_to(scale, (*planes[0].shape[:-1], scale.shape[-1]))
-    words = upcast.as_words(planes, weight.element.bits, weight.lanes)
-    scales = [upcast.stored_scale(scale)]
-    if zero_point is not None:
-        scales.append(upcast.stored_zero(jnp.broadcast_to(zero_point, scale.shape)))
-    if not group:
-        scales = [jnp.squeeze(s, -1) for s in scales]
-    size = min(tiling.block_k, group & -group) if group else tiling.block_k
-    if group and size < 16 * weight.lanes:  # a part spans several small groups
-        size = tiling.block_k
+    weight = weight_of(element, group_size, k, tiling.block_k, dtype)
+    words, scales = as_read(planes, scale, zero_point, weight)
+    group, size = weight.group, tiling.block_k
+    if group and not small_groups(weight):
+        size = min(size, group & -group)
     kernel = partial(
         _kernel,
         weight=weight,

@@ -24,6 +24,7 @@ class Options(NamedTuple):
     implementation: str
     device: str
     tiling: Tiling | None
+    exact: bool
     packed: bool
     interpret: bool
 
@@ -48,13 +49,15 @@ def quantized_matmul(
     implementation: str = "triton",
     device: str = "h100",
     tiling: Tiling | None = None,
+    exact: bool = False,
     packed: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
     """`out[..., n] = sum_k x[..., k] (value(code[n, k]) - zero_point[n, k // group]) scale[n, k // group]`.
 
     More than `FEW` rows of 16-bit activations are multiplied by XLA with the weight that a kernel has written out: 2
-    bytes an element, for the time of the product. With a `tiling` the kernel that reads codes takes any number of rows.
+    bytes an element, for the time of the product. With a `tiling`, or if `exact`, the kernel that reads codes takes
+    them.
 
     Under `vmap` over weights (experts) the kernel gets one more axis of its grid; over activations alone, more rows.
     The derivative, with respect to x, the scales and float zero points, is XLA's of the dequantized product.
@@ -71,6 +74,8 @@ def quantized_matmul(
       implementation: "triton", or "xla".
       device: the GPU whose tilings are used, "h100", "a100" or "b200"; the result does not depend on it.
       tiling: to choose it oneself.
+      exact: never write the weight out, which rounds it: codes of activations times codes of weights keep their sums,
+        also where `vmap` makes few rows many.
       packed: upcast elements two and four at a time by inline PTX (`packed`), where there is one for them. No
         interpreter runs it: there, and with False, one at a time.
       interpret: run the kernel in Pallas' interpreter: on any machine, slowly.
@@ -86,7 +91,7 @@ def quantized_matmul(
         raise ValueError(f"quantized_matmul: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
     _check(x, planes, scale, element, group_size)
     dtype = jnp.dtype(out_dtype or x.dtype)
-    options = Options(element, group_size, dtype, implementation, device, tiling, packed, interpret)
+    options = Options(element, group_size, dtype, implementation, device, tiling, exact, packed, interpret)
     return _product(options, x, Arrays(planes, scale, zero_point))
 
 
@@ -150,7 +155,7 @@ def _flat(options: Options, batch: int, x: jax.Array, w: Arrays) -> jax.Array:
     if static.pop("implementation") == "xla":
         kept = {name: static[name] for name in ("element", "group_size", "out_dtype")}
         out = xla.quantized_matmul(flat, planes, scale, zero_point, **kept)
-    elif options.tiling is None and flat.dtype.itemsize == 2 and flat.shape[-2] > FEW:
+    elif not static.pop("exact") and options.tiling is None and flat.dtype.itemsize == 2 and flat.shape[-2] > FEW:
         del static["tiling"], static["packed"]
         out = decode.quantized_matmul(flat, planes, scale, zero_point, **static)
     else:

@@ -9,7 +9,8 @@ the lanes are added:
     sum_k w_k x_k  =  sum_l sum_j w_(j L + l) x_(j L + l)
 
 Groups of at least 16 elements a lane have sums of their own, which the scale multiplies, in float32; a step of the loop
-takes a part of a group, or several. In smaller groups (16 and 32) it multiplies the upcast elements, as if the weight had been dequantized in the dtype of the activations.
+takes a part of a group, or several. In smaller groups (16 and 32) it multiplies the upcast elements, as if the weight
+had been dequantized in the dtype of the activations.
 
 float32 activations are parted into three bfloat16 numbers that add up to them, as three times the rows: codes are exact
 in bfloat16, so the product is one of float32.
@@ -76,11 +77,34 @@ def parts_of(weight: Weight, t: Tiling) -> int:
     return t.block_k // group if apart and t.block_k > group and t.block_k % group == 0 else 1
 
 
+def weight_of(name: str, group_size: int | None, k: int, block_k: int | None, dtype: Any) -> Weight:
+    """How a kernel whose steps are `block_k` elements (None: any) reads a weight for products in `dtype`."""
+    group = 0 if group_size is None or group_size >= k else group_size
+    return Weight(name, group, k, word_bytes(name, group, k, block_k, dtype))
+
+
+def small_groups(w: Weight) -> bool:
+    """Whether scales multiply elements: a tensor core contracts no less than a step that spans several groups."""
+    return 0 < (w.group & -w.group) < MIN_LANE_K * w.lanes
+
+
+def as_read(
+    planes: tuple[jax.Array, ...], scale: jax.Array, zero_point: jax.Array | None, w: Weight
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Codes as words of every plane; scales, and zero points if there are any, of each row, without the axis of one."""
+    rows = (*planes[0].shape[:-1], scale.shape[-1])
+    scales = [upcast.stored_scale(jnp.broadcast_to(scale, rows))]
+    if zero_point is not None:
+        scales.append(upcast.stored_zero(jnp.broadcast_to(zero_point, rows)))
+    scales = scales if w.group else [jnp.squeeze(s, -1) for s in scales]
+    return upcast.as_words(planes, w.element.bits, w.lanes), scales
+
+
 def why_not(name: str, group_size: int | None, k: int, n: int, dtype: Any) -> str | None:
     """Why this kernel can't do a product; None where it can."""
     e = element(name)
-    group = 0 if group_size is None or group_size >= k else group_size
-    lanes = upcast.lanes(e.bits, word_bytes(name, group, k, None, dtype))
+    weight = weight_of(name, group_size, k, None, dtype)
+    group, lanes = weight.group, weight.lanes
     if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
         return f"activations are {jnp.dtype(dtype).name}, not bfloat16, float16 or float32"
     if 0 in (k, n):
@@ -88,12 +112,11 @@ def why_not(name: str, group_size: int | None, k: int, n: int, dtype: Any) -> st
     if len(plane_widths(e.bits)) > 1 and k % 32:
         return f"codes of {e.bits} bits lie in planes, whose words need a row of a multiple of 32 elements, not {k}"
     if group:
-        part = group & -group  # the largest power of two in it
-        if part < MIN_LANE_K * lanes and group != part:
+        if small_groups(weight) and group & -group != group:
             return f"groups of {group} are cut at no power of two of {MIN_LANE_K * lanes} elements"
         if group % lanes:
             return f"groups of {group} end within a word of {lanes} codes"
-        if e.kind == "table" and dtype == jnp.float32 and part < MIN_LANE_K * lanes:
+        if e.kind == "table" and dtype == jnp.float32 and small_groups(weight):
             return "a table of float32 values in small groups"
     return None
 
@@ -136,13 +159,8 @@ def quantized_matmul(
     reason = why_not(element, group_size, k, n, x.dtype)
     if reason is not None:
         raise ValueError(f"quantized_matmul: no Triton kernel for {element} x {x.dtype}: {reason}")
-    group = 0 if group_size is None or group_size >= k else group_size
-    words = word_bytes(element, group, k, tiling.block_k if tiling else None, x.dtype)
-    weight = Weight(element, group, k, words)
+    weight = weight_of(element, group_size, k, tiling.block_k if tiling else None, x.dtype)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    scale = jnp.broadcast_to(scale, (*planes[0].shape[:-1], scale.shape[-1]))
-    if zero_point is not None:
-        zero_point = jnp.broadcast_to(zero_point, scale.shape)
     run = partial(
         _run, planes=planes, scale=scale, zero_point=zero_point, device=device, tiling=tiling,
         packed=packed and not interpret, interpret=interpret,
@@ -196,11 +214,8 @@ def _run(
     m, n, e = x.shape[-2], planes[0].shape[-2], weight.element
     p = Problem(x.shape[0] if batched else 1, m, n, weight.k, e.bits, weight.lanes, weight.group or weight.k)
     t = tiling or choose(p, device, gpu(device))
-    words = upcast.as_words(planes, weight.element.bits, weight.lanes)
+    words, scales = as_read(planes, scale, zero_point, weight)
     parted = _part(x, weight, words[0].shape[-1])
-    scales = [upcast.stored_scale(scale)] + ([] if zero_point is None else [upcast.stored_zero(zero_point)])
-    if not weight.group:
-        scales = [jnp.squeeze(s, -1) for s in scales]
     how = dict(weight=weight, t=t, scale_dtype=scale.dtype.name, rest=rest, packed=packed)
     call = partial(_call, how=how, interpret=interpret)
     dtype = jnp.dtype("float32") if t.split_k > 1 else out_dtype

@@ -151,6 +151,13 @@ def test_the_kernel_of_packed_codes_is_the_product_of_the_decoded_operands(fmt, 
     close(by_weights(x, q), x, q)
 
 
+def test_few_rows_that_vmap_makes_many_keep_their_sums():
+    """The kernel of packed codes does not write the weight out then, which would round it to 16 bits."""
+    q, x = weight(INT8, DYNAMIC, (6, N)), inputs(70, 2, N)
+    got = jax.vmap(by_weights, (0, None))(x, q)
+    close(got.reshape(140, 6), x.reshape(140, N), q)
+
+
 def test_batch_axes_and_vmap():
     """Experts in front or not, each with its own range; inputs mapped over one weight, each with its own scale."""
     q, x = weight(CASES[3][0], INPUTS[6], (4, 6, N), batch=1), inputs(4, 3, N)
