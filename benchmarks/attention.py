@@ -4,8 +4,8 @@
 
 The shape is Llama-3.1-8B's by default: 32 query heads, 8 kv heads, head_dim 128, one token for each sequence.
 
-On a GPU: the error against the plain path, microseconds of all kernels of `kv_cache.attend` on the GPU (CUPTI; launches
-and gaps are not in it) and of XLA's attention over bfloat16 keys and values by the same clock in the same run, the ratio,
+On a GPU: the error against the plain path, microseconds of all kernels of attention over the codes on the GPU (CUPTI;
+launches and gaps are not in it, nor is the rotation of queries) and of XLA's attention over bfloat16 keys and values by the same clock in the same run, the ratio,
 and the rate at which the cache is read over that of a large copy, measured first.
 
 Elsewhere: what the compiler says, for `--device`: registers, spills, shared memory, occupancy, programs, instructions of
@@ -19,7 +19,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clock import ceilings, compiled, on_gpu
+from clock import ceilings, compiled, error_of, on_gpu
 from kernels import run_or_raise
 
 from jquant import kv_cache
@@ -53,7 +53,7 @@ def run(which, q: jax.Array, cache: kv_cache.KVCache):
     kv_heads = cache.keys.codes[0].shape[1]
     q5 = q.astype(jnp.float32).reshape(batch, 1, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     rules = Rules(cache.length[:, None] - 1, None, 0, dim**-0.5, None)
-    more = dict(center=None, gain=None, table=None, page_size=0, ring=False)
+    more = dict(shift=None, table=None, page_size=0, ring=False)
     if which is attention.codes_attention:
         more["capacity"] = cache.capacity
     state = which(q5, cache.keys, cache.values, cache.format, rules, read_ranges(cache), **more)
@@ -96,7 +96,7 @@ def timed(args: argparse.Namespace) -> None:
         try:
             cache = random(shapes(name, args), jax.random.key(0))
             got, want = (run_or_raise(p, q, cache) for p in (ours, right))
-            error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
+            error = error_of(got, want)
             mine = on_gpu(ours, q, [cache])
         except Exception as failure:  # one kernel that fails must not hide the others
             print(f"| {name} | {type(failure).__name__}: {str(failure)[:200]} |", flush=True)

@@ -35,8 +35,20 @@ def on_gpu(program: Any, fixed: Any, moving: list[Any], repeats: int = 12) -> fl
     """Seconds that the kernels of a compiled program take on the GPU, the median of several runs: launches and the
     gaps between kernels are not in it. `moving` arguments take turns, so that they are not in the cache.
     """
-    runs = [moving[i % len(moving)] for i in range(max(repeats, len(moving)))]
-    return statistics.median(sum(t for _, t in kernel_times(program, fixed, m)) for m in runs)
+    return statistics.median(sum(t for _, t in run) for run in in_turns(program, fixed, moving, repeats))
+
+
+def in_turns(program: Any, fixed: Any, moving: list[Any], repeats: int) -> list[list[tuple[str, float]]]:
+    """`kernel_times` of so many calls or more, one for each of `moving` at least."""
+    count = max(repeats, len(moving))
+    return [kernel_times(program, fixed, moving[i % len(moving)]) for i in range(count)]
+
+
+def error_of(got: jax.Array, want: jax.Array) -> float:
+    """The root of the mean square of the difference over that of `want`; where one is NaN (a code of fp8) it does not
+    count."""
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return float(jnp.sqrt(jnp.nanmean((got - want) ** 2) / jnp.nanmean(want**2)))
 
 
 def compiled(functions: Iterable[tuple[Callable[..., Any], tuple]]) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clock import ceilings, compiled, on_gpu
+from clock import ceilings, compiled, error_of, on_gpu
 
 from pallas_kernels import harness, shapes
 from pallas_kernels.gpus import GPUS, Gpu, gpu
@@ -153,7 +153,7 @@ def timed(items: list[Item], device: str) -> None:
         x, weights = random(x_shape, jax.random.key(0)), held[1]
         try:
             got, want = (run_or_raise(p, x, weights[0]) for p in (ours, right))
-            error = float(jnp.sqrt(jnp.nanmean((got - want) ** 2) / jnp.nanmean(want**2)))
+            error = error_of(got, want)
             mine, other = on_gpu(ours, x, weights), xla[i.m, n, k]
         except Exception as failure:  # one kernel that fails must not hide the others
             print(f"{front} {type(failure).__name__}: {str(failure)[:200]} |", flush=True)
@@ -167,7 +167,7 @@ def timed(items: list[Item], device: str) -> None:
 def run_or_raise(program: Any, *args: Any) -> jax.Array:
     if isinstance(program, Exception):
         raise program
-    return program(*args).astype(jnp.float32)
+    return program(*args)
 
 
 # --- without ---

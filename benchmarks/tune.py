@@ -26,7 +26,7 @@ import attention as cached
 import jax
 import jax.numpy as jnp
 import kernels as products
-from clock import compiled, kernel_times
+from clock import compiled, error_of, in_turns
 
 from jquant.kv_cache import kernel
 from pallas_kernels.decode_attention import Coded, Rules, decode_attention, normalized, reference
@@ -60,18 +60,31 @@ class Case(NamedTuple):
 
 
 def weights(args: argparse.Namespace) -> Iterator[Case]:
+    def options(f: products.Format, m: int, n: int, k: int) -> list[Option]:
+        out = [Option(f"{tuple(t)}", partial(_weight_only, f, t), t) for t in weight_tilings(f, m, n, k, args)]
+        if m > 64:
+            out += [Option(f"decoded {tuple(t)}", partial(_written, f, t)) for t in DECODE]
+        return [*out, Option("XLA decoded", partial(_decoded, f))]
+
+    sizes = lambda f, m, n, k: tilings.sizes(tilings.Problem(1, m, n, k, element(f.element).bits, 1, f.group or k))
+    return _of_products(args, ["int4-g128", "int8"], options, sizes)
+
+
+def _of_products(
+    args: argparse.Namespace,
+    formats: list[str],
+    options: Callable[..., list[Option]],
+    sizes: Callable[..., dict[str, int | str]],
+) -> Iterator[Case]:
+    """A case for each shape, number of rows and format, by what `options` and `sizes` say of `(format, m, n, k)`."""
     g = gpu(args.device)
-    for (n, k), m, name in itertools.product(args.shapes, args.rows, args.formats or ["int4-g128", "int8"]):
+    for (n, k), m, name in itertools.product(args.shapes, args.rows, args.formats or formats):
         f = products.FORMATS[name]
         xs, ws = products.arguments(f, m, n, k)
         x, copies = products.random(xs, jax.random.key(0)), products.copies(ws, g)
         want = jax.jit(products.product(f, args.device, right=True))(x, copies[0])
-        options = [Option(f"{tuple(t)}", partial(_weight_only, f, t), t) for t in weight_tilings(f, m, n, k, args)]
-        if m > 64:
-            options += [Option(f"decoded {tuple(t)}", partial(_written, f, t)) for t in DECODE]
-        options.append(Option("XLA decoded", partial(_decoded, f)))
-        sizes = tilings.sizes(tilings.Problem(1, m, n, k, element(f.element).bits, 1, f.group or k))
-        yield Case(f"{name} {m}x{n}x{k}", sizes, options, x, copies, want, products.roofline(f, m, n, k, g))
+        floor = products.roofline(f, m, n, k, g)
+        yield Case(f"{name} {m}x{n}x{k}", sizes(f, m, n, k), options(f, m, n, k), x, copies, want, floor)
 
 
 def _weight_only(f: products.Format, t: tilings.Tiling, x: jax.Array, w: Any) -> jax.Array:
@@ -111,16 +124,13 @@ def weight_tilings(f: products.Format, m: int, n: int, k: int, args: argparse.Na
 
 
 def codes(args: argparse.Namespace) -> Iterator[Case]:
-    g = gpu(args.device)
-    for (n, k), m, name in itertools.product(args.shapes, args.rows, args.formats or ["int8+int8", "fp8+fp8"]):
-        f = products.FORMATS[name]
-        xs, ws = products.arguments(f, m, n, k)
-        x, copies = products.random(xs, jax.random.key(0)), products.copies(ws, g)
-        want = jax.jit(products.product(f, args.device, right=True))(x, copies[0])
-        run = lambda t, x, w: low_precision_matmul(x[0], w[0], x[1], w[1], tiling=t)
-        options = [Option(f"{tuple(t)}", partial(run, t)) for t in code_tilings(m, k)]
-        options.append(Option("XLA", products.xla_of_codes))
-        yield Case(f"{name} {m}x{n}x{k}", {}, options, x, copies, want, products.roofline(f, m, n, k, g))
+    run = lambda t, x, w: low_precision_matmul(x[0], w[0], x[1], w[1], tiling=t)
+
+    def options(f: products.Format, m: int, n: int, k: int) -> list[Option]:
+        ours = [Option(f"{tuple(t)}", partial(run, t), t) for t in code_tilings(m, k)]
+        return [*ours, Option("XLA", products.xla_of_codes)]
+
+    return _of_products(args, ["int8+int8", "fp8+fp8"], options, lambda *_: {})
 
 
 def code_tilings(m: int, k: int) -> list[tilings.Tiling]:
@@ -173,11 +183,6 @@ def attention_options(args: argparse.Namespace) -> list[attention_tilings.Tiling
     return [t for t in itertools.starmap(attention_tilings.Tiling, sizes) if wanted(t)]
 
 
-def error_of(got: jax.Array, want: jax.Array) -> float:
-    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-    return float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
-
-
 def measure(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every option: name, error, and microseconds of the longest and of all kernels of its program, the median."""
     tried, others = [o for o in case.options if o.tiling], [o for o in case.options if not o.tiling]
@@ -187,11 +192,8 @@ def measure(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     for option, program in zip(options, programs):
         row: dict[str, Any] = {"name": option.name, "tiling": option.tiling and list(option.tiling)}
         try:
-            if isinstance(program, Exception):
-                raise program
-            row["error"] = error_of(program(case.fixed, case.moving[0]), case.want)
-            turns = (case.moving * args.repeats)[: max(args.repeats, len(case.moving))]
-            runs = [kernel_times(program, case.fixed, w) for w in turns]
+            row["error"] = error_of(products.run_or_raise(program, case.fixed, case.moving[0]), case.want)
+            runs = in_turns(program, case.fixed, case.moving, args.repeats)
             row["us"] = statistics.median(sum(t for _, t in run) for run in runs) * 1e6
             row["kernel_us"] = statistics.median(max(t for _, t in run) for run in runs) * 1e6
         except Exception as failure:  # an option that fails must not hide the others
