@@ -42,3 +42,15 @@ def dump_options(folder: str) -> dict[str, Any]:
     """Compiler options that make XLA write what it compiles, PTX included, into a folder."""
     every = {} if jax.__version_info__ < (0, 11) else {"xla_dump_emitter_re": "ptx"}
     return {"xla_dump_to": folder, **every}
+
+
+@contextlib.contextmanager
+def simulated(wanted: bool) -> Iterator[None]:
+    """Mosaic GPU kernels traced inside run in Pallas' simulator, on any machine, if that is wanted."""
+    if not wanted:
+        yield
+        return
+    from jax._src.pallas.mosaic_gpu.interpret import params
+
+    with params.force_gpu_interpret_mode(params.InterpretGPUParams()):
+        yield
