@@ -34,7 +34,7 @@ from pallas_kernels.decode_attention import attention as parts
 from pallas_kernels.decode_attention import tilings as attention_tilings
 from pallas_kernels.gpus import gpu
 from pallas_kernels.low_precision_matmul import low_precision_matmul
-from pallas_kernels.quantized_matmul import quantized_matmul, tilings, xla
+from pallas_kernels.quantized_matmul import quantized_matmul, rings, tilings, xla
 from pallas_kernels.quantized_matmul.decode import decode
 from pallas_kernels.quantized_matmul.elements import element
 
@@ -62,6 +62,7 @@ class Case(NamedTuple):
 def weights(args: argparse.Namespace) -> Iterator[Case]:
     def options(f: products.Format, m: int, n: int, k: int) -> list[Option]:
         out = [Option(f"{tuple(t)}", partial(_weight_only, f, t), t) for t in weight_tilings(f, m, n, k, args)]
+        out += [Option(f"{r}", partial(_weight_only, f, r), r) for r in weight_rings(f, m, n, k, args)]
         if m > 64:
             out += [Option(f"decoded {tuple(t)}", partial(_written, f, t)) for t in DECODE]
         return [*out, Option("XLA decoded", partial(_decoded, f))]
@@ -121,6 +122,24 @@ def weight_tilings(f: products.Format, m: int, n: int, k: int, args: argparse.Na
         return in_registers and whole and work and steps and tilings.shared_bytes(p, t) * t.stages <= room
 
     return [t for t in itertools.starmap(tilings.Tiling, sizes) if fits(t)]
+
+
+def weight_rings(f: products.Format, m: int, n: int, k: int, args: argparse.Namespace) -> list[rings.Ring]:
+    """All that fit, for the kernel through Mosaic; none where it can't do the product."""
+    g, group = gpu(args.device), rings.group_of(f.group, k)
+    zero = jnp.uint8 if f.asymmetric else None
+    if g.arch != 90 or rings.why_not(f.element, f.group, m, n, k, jnp.bfloat16, jnp.dtype(f.scale), zero):
+        return []
+    sizes = itertools.product((32, 64, 128, 256), (4, 6, 8, 9, 12, 16, 24), (2, 3, 4, 6), (1, 2, 4, 8))
+
+    def fits(r: rings.Ring) -> bool:
+        if r.slots % r.workers or r.stage_bytes * 8 // element(f.element).bits % rings.unit_of(f.element, group):
+            return False
+        p = rings.planned(f.element, group, m, n, k, r, 1, g)
+        blocks = r.split_k * n // rings.HEIGHT
+        return rings.shared_bytes(p) <= g.shared_per_block and g.cores * 0.4 <= blocks <= 3 * g.cores and p.steps >= 4 * r.split_k
+
+    return [r for r in itertools.starmap(rings.Ring, sizes) if fits(r)]
 
 
 def codes(args: argparse.Namespace) -> Iterator[Case]:
@@ -243,13 +262,16 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
         if failed:
             print("  failed:", failed[0], flush=True)
         ours = [r for r in right if r["tiling"]]
-        if args.write and case.sizes and ours:
-            write(NAMES[args.what], args.device, case.sizes, ours[0])
+        through_mosaic = lambda r: r["name"].startswith("Ring")
+        for name, mine in ((NAMES.get(args.what, ""), [r for r in ours if not through_mosaic(r)]), (MOSAIC, filter(through_mosaic, ours))):
+            if args.write and case.sizes and (best := next(iter(mine), None)):
+                write(name, args.device, case.sizes, best)
         if time.perf_counter() - start > args.seconds:
             break
     return found
 
 
+MOSAIC = "quantized_matmul through mosaic"
 NAMES = {"weights": "quantized_matmul", "attention": "decode_attention"}
 TUNED = Path(__file__).resolve().parent.parent / "pallas_kernels/tuned.json"
 

@@ -2,12 +2,46 @@
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.gpus import named
+
 CompilerParams = plt.CompilerParams
+_target: ContextVar[str | None] = ContextVar("target", default=None)
+
+
+def target() -> str | None:
+    """The GPU that the program around is lowered for, by its name in `gpus`, where `lowering_on` told it; else None."""
+    return _target.get()
+
+
+@contextlib.contextmanager
+def lowering_on(name: str | None) -> Iterator[None]:
+    """Kernels traced inside are for this GPU."""
+    token = _target.set(name)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def target_of(ctx: Any) -> str | None:
+    """The GPU that a lowering rule's context is for, by the devices that the program is compiled for.
+
+    None for devices that are not in `gpus`, and for a program to export: it may run on any.
+    """
+    module = ctx.module_context
+    if module.lowering_parameters.for_export:
+        return None
+    axes = module.axis_context
+    devices = getattr(axes, "device_assignment", None)
+    if not devices and hasattr(axes, "mesh"):
+        devices = getattr(axes.mesh, "_flat_devices_tuple", None)
+    return named(devices[0].device_kind) if devices else None
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -44,13 +78,37 @@ def dump_options(folder: str) -> dict[str, Any]:
     return {"xla_dump_to": folder, **every}
 
 
+def transposed(ref: Any) -> Any:
+    """A reference of a Mosaic kernel with its two axes exchanged."""
+    if jax.__version_info__ >= (0, 11):
+        return ref.transpose((1, 0))
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.transpose_ref(ref, (1, 0))
+
+
 @contextlib.contextmanager
 def simulated(wanted: bool) -> Iterator[None]:
-    """Mosaic GPU kernels traced inside run in Pallas' simulator, on any machine, if that is wanted."""
+    """Mosaic GPU kernels traced inside run in Pallas' simulator, on any machine, if that is wanted.
+
+    It looks for races: see `races_found`.
+    """
     if not wanted:
         yield
         return
     from jax._src.pallas.mosaic_gpu.interpret import params
 
-    with params.force_gpu_interpret_mode(params.InterpretGPUParams()):
+    with params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True)):
         yield
+
+
+def races_found() -> bool:
+    """Whether the last kernel that ran in the simulator had a race. (JAX 0.12 raises an error then.)"""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return bool(getattr(gpu_callbacks.get_races(), "races_found", False))
+
+
+def mosaic_dump(folder: str) -> dict[str, str]:
+    """Environment variables that make Mosaic GPU write the PTX of its kernels into a folder."""
+    return {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"}

@@ -95,3 +95,8 @@ dnn_version_info {{ major: 9 minor: 12 }}
 runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "{g.kind}"
 """
+
+
+def named(kind: str) -> str | None:
+    """The name here of the GPU whose `jax.Device.device_kind` is `kind`; None for others."""
+    return next((name for name in GPUS if name.upper() in kind.upper()), None)

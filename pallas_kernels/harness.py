@@ -4,13 +4,14 @@ It needs JAX's CUDA plugin, but neither a GPU nor a driver. The plugin must be t
 The import of this module does that; where they had started before, `compile_for` says what to set.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,11 +160,26 @@ def compile_for(device: str | Gpu, fn: Callable[..., Any], *shapes: Any) -> Comp
     with tempfile.TemporaryDirectory(prefix="compile_for_") as folder:
         with compat.lowering_for(g.kind):
             lowered = (fn if hasattr(fn, "lower") else jax.jit(fn)).lower(*args)
-        compiled = lowered.compile(compiler_options=compat.dump_options(folder))
+        with _environment(compat.mosaic_dump(folder)):
+            compiled = lowered.compile(compiler_options=compat.dump_options(folder))
         texts = [text for f in sorted(Path(folder).glob("*.ptx")) if ".entry" in (text := f.read_text())]
         launches = _launches(Path(folder))
     found = [k for text in texts for k in _kernels(text, g, launches)]
     return Compiled(tuple(found), compiled.as_text(), _temp_bytes(compiled))
+
+
+@contextlib.contextmanager
+def _environment(more: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in more}
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _temp_bytes(compiled: Any) -> int | None:

@@ -11,10 +11,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-KERNELS = ("auto", "never", "require")
+KERNELS = ("auto", "never", "require", "unproven")
 
 # How the numbers of each kernel have been proven. Kernels that are missing here are never chosen.
 PROVEN = {
+    # Through Mosaic: registers on an H100, everything else in the simulator. `rings.preferred` keeps to what was seen.
     "weights": "quantized_matmul, proven in Pallas' interpreter and on an H100",
     "codes": "low_precision_matmul, proven in Pallas' interpreter and on an H100",
     "attention": "decode_attention, proven in Pallas' interpreter and on an H100",
@@ -67,7 +68,8 @@ def pick(kind: str, rows: int, kernels: str, why_not: Callable[[str], str | None
 
     Args:
       kind, rows: as for `order`.
-      kernels: "auto", what the table says; "never", XLA; "require", a kernel wherever one can.
+      kernels: "auto", what the table says; "never", XLA; "require", a kernel wherever one can; "unproven", what the
+        table says, kernels among it whose numbers have not been proven.
       why_not: why a kernel can't do the product.
     """
     if kernels == "never" or not rows:
@@ -76,16 +78,20 @@ def pick(kind: str, rows: int, kernels: str, why_not: Callable[[str], str | None
     for name in order(kind, rows, kernels == "require"):
         if name == "xla":
             break
-        reason = why_not(name) if name in PROVEN else "its numbers are not proven"
+        reason = why_not(name) if name in PROVEN or kernels == "unproven" else "its numbers are not proven"
         if reason is None:
             return name, ""
         reasons.append(reason)
     return "xla", "; ".join(dict.fromkeys(reasons)) or "XLA's own product is preferred"
 
 
-def words(name: str, reason: str, written: bool = False) -> str:
-    """What `pick` found, for `explain`; `written`: the kernel of weights writes them out for XLA's product."""
+def words(name: str, reason: str, written: bool = False, hopper: bool = False) -> str:
+    """What `pick` found, for `explain`.
+
+    `written`: the kernel of weights writes them out for XLA's product; `hopper`: on one it is another kernel.
+    """
     how = "by XLA, the weight written out by a kernel" if written and name == "weights" else _WORDS[name]
+    how += " (on a Hopper GPU the one through Mosaic)" if hopper and name == "weights" else ""
     return f"on an NVIDIA GPU {how}" + (f" (no kernel: {reason})" if reason else "")
 
 

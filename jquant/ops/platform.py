@@ -12,6 +12,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.interpreters import batching, mlir
 
+from pallas_kernels import compat
+
 _function = jex.Primitive("function")
 _function.multiple_results = True
 
@@ -47,7 +49,8 @@ def _elsewhere(ctx: Any, *args: Any, fn: Callable[..., Any], only_cuda: bool) ->
 
 
 def _cuda(ctx: Any, *args: Any, fn: Callable[..., Any], only_cuda: bool) -> Any:
-    return mlir.lower_fun(fn)(ctx, *args)
+    with compat.lowering_on(compat.target_of(ctx)):
+        return mlir.lower_fun(fn)(ctx, *args)
 
 
 _function.def_impl(lambda *args, fn, only_cuda: fn(*args))

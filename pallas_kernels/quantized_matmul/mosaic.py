@@ -1,10 +1,10 @@
-"""The product through Pallas' Mosaic GPU backend, for Hopper: few rows of activations, each byte of the weight read once.
+"""The product through Pallas' Mosaic GPU backend, for Hopper: few rows of activations, the weight read once.
 
-A block multiplies 64 rows of the weight (the height of a wgmma) with all rows of the activations. One warpgroup asks the
-copy engine for codes and activations, a ring of stages ahead; the others take the stages in turn. A stage is cut into
-units. The codes of a unit go from shared memory into registers, 4 to 16 bytes a thread, are upcast there and are the left
-operand of the tensor core; the activations are the right one, from shared memory. The sums of a unit are multiplied by
-the scales of its rows (a group holds whole units) and added in float32.
+A block multiplies 64 rows of the weight (the height of a wgmma) with all rows of the activations. One warpgroup asks
+the copy engine for codes and activations, a ring of stages ahead; the others take the stages in turn. A stage is cut
+into units. The codes of a unit go from shared memory into registers, 8 or 16 bytes a thread, are upcast there and are
+the left operand of the tensor core; the activations are the right one, from shared memory. The sums of a unit are
+multiplied by the scales of its rows (a group holds whole units) and added in float32.
 
 Which code of a unit comes into which register is the tensor core's choice of rows and columns, but any order of the
 contracted axis is right if both operands have it. So codes are upcast where they happen to lie, without a shuffle, and
@@ -14,7 +14,6 @@ them.
 What Pallas has no words for is in `mosaic_registers`.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,126 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.gpus import Gpu, gpu
+from pallas_kernels.gpus import gpu
 from pallas_kernels.quantized_matmul import mosaic_registers as registers
 from pallas_kernels.quantized_matmul import upcast
-from pallas_kernels.quantized_matmul.elements import Element, element, plane_widths
-
-HEIGHT = 64  # rows of the weight of a block: of a wgmma
-MOST = 64  # rows of activations
-FLOATS = ("float32", "bfloat16", "float16")
-
-
-class Ring(NamedTuple):
-    """The static choices of one kernel.
-
-    Attributes:
-      stage_bytes: of a row of codes, read at a time.
-      slots: stages in shared memory.
-      workers: warpgroups that multiply; they divide the slots.
-      split_k: parts of the contracted axis that are summed by blocks of their own, and added afterwards.
-    """
-
-    stage_bytes: int
-    slots: int
-    workers: int
-    split_k: int = 1
-
-
-class Plan(NamedTuple):
-    """What is known of a product before the program runs.
-
-    Attributes:
-      name: of the element.
-      group: elements that share a scale; 0 where a row does.
-      unit: codes of a row that are multiplied at a time.
-      rows: of activations, up to the next multiple of 8.
-      m, n: rows of activations, rows of the weight.
-      steps: stages of a row.
-      ring: how it runs.
-      simulated: in Pallas' simulator, which has no registers: the upcast unit goes through shared memory.
-    """
-
-    name: str
-    group: int
-    unit: int
-    rows: int
-    m: int
-    n: int
-    steps: int
-    ring: Ring
-    simulated: bool
-
-    @property
-    def element(self) -> Element:
-        return element(self.name)
-
-    @property
-    def unit_bytes(self) -> int:
-        return self.unit * self.element.bits // 8
-
-    @property
-    def units(self) -> int:
-        """Of a stage."""
-        return self.ring.stage_bytes // self.unit_bytes
-
-    @property
-    def stage(self) -> int:
-        """Codes of a row in a stage."""
-        return self.units * self.unit
-
-
-def unit_of(name: str, group: int) -> int:
-    """Codes of a row that are multiplied at a time: whole words for each of four threads, within a group; 0 for none."""
-    bits = element(name).bits
-    fits = lambda unit: not group or group % unit == 0
-    return next((u for u in (64 * 8 // bits, 32 * 8 // bits) if u >= 32 and fits(u)), 0)
-
-
-def why_not(name: str, group_size: int | None, m: int, n: int, k: int, dtype: Any, scale_dtype: Any, zero: Any) -> str | None:
-    """Why this kernel can't do a product; None where it can.
-
-    Args:
-      zero: dtype of the zero points, or None.
-    """
-    e = element(name)
-    group = group_of(group_size, k)
-    if jnp.dtype(dtype).name not in ("bfloat16", "float16"):
-        return f"activations are {jnp.dtype(dtype).name}, not bfloat16 or float16"
-    if not 0 < m <= MOST:
-        return f"{m} rows of activations, not 1 to {MOST}"
-    if len(plane_widths(e.bits)) > 1 or e.bits not in (2, 4, 8):
-        return f"codes of {e.bits} bits"
-    if e.kind == "float" and e.mantissa == 2:
-        return "the infinities of e5m2"
-    if n < HEIGHT or k * e.bits % 128:
-        return f"a weight of {n} x {k}: fewer rows than {HEIGHT}, or rows that are no multiples of 16 bytes"
-    if not unit_of(name, group):
-        return f"groups of {group}, which end within what is multiplied at a time"
-    if jnp.dtype(scale_dtype).name not in FLOATS:
-        return f"scales are {jnp.dtype(scale_dtype).name}"
-    if zero is not None and (jnp.dtype(zero) != jnp.uint8 or 2**e.bits > upcast.MAGIC[jnp.dtype(dtype).name][1]):
-        return f"zero points are {jnp.dtype(zero).name}, codes have {e.bits} bits"
-    return None
-
-
-def group_of(group_size: int | None, k: int) -> int:
-    """Elements that share a scale; 0 where a row does."""
-    return 0 if group_size is None or group_size >= k else group_size
-
-
-def choose(p: Plan, batch: int, g: Gpu) -> Ring:
-    """As much under way as shared memory holds, and a block for every core."""
-    for stage_bytes in (128, 64):
-        bytes_of_slot = stage_bytes * HEIGHT + 2 * p.rows * stage_bytes * 8 // p.element.bits
-        if 8 * bytes_of_slot <= 0.8 * g.shared_per_block:
-            break
-    workers = 4
-    slots = 8 if 8 * bytes_of_slot <= 0.8 * g.shared_per_block else 4
-    steps = p.steps * p.ring.stage_bytes // stage_bytes
-    blocks = batch * math.ceil(p.n / HEIGHT)
-    split = max(1, min(g.cores // blocks, steps // workers, 8))
-    return Ring(stage_bytes, slots, workers, split)
+from pallas_kernels.quantized_matmul.rings import HEIGHT, Plan, Ring, group_of, planned, why_not
 
 
 def arranged(x: jax.Array, p: Plan) -> jax.Array:
@@ -206,29 +89,15 @@ def quantized_matmul(
     return jnp.sum(out, axis=-3).astype(out_dtype) if p.ring.split_k > 1 else jnp.squeeze(out, -3)
 
 
-def planned(
-    name: str, group: int, m: int, n: int, k: int, ring: Ring | None, batch: int, g: Gpu, simulated: bool = False
-) -> Plan:
-    """The plan of a product."""
-    first = ring or Ring(64, 4, 4)
-    steps = lambda ring: math.ceil(k * element(name).bits / 8 / ring.stage_bytes)
-    p = Plan(name, group, unit_of(name, group), -(-m // 8) * 8, m, n, steps(first), first, simulated)
-    ring = ring or choose(p, batch, g)
-    return p._replace(ring=ring, steps=steps(ring))
-
-
 def _call(x: jax.Array, codes: jax.Array, params: list[jax.Array], p: Plan, dtype: Any) -> jax.Array:
     """Arranged activations -> `[split_k, M, N]`."""
     ring, shape = p.ring, (p.ring.split_k, p.m, p.n)
-    tiles, padded = math.ceil(p.n / HEIGHT), p.simulated
-    if padded:  # indices beyond an array are for real memory
-        shape = (ring.split_k, p.rows, tiles * HEIGHT)
-        params = [jnp.pad(a, [(0, tiles * HEIGHT - p.n), (0, 0)]) for a in params]
-        codes = jnp.pad(codes, [(0, tiles * HEIGHT - p.n), (0, p.steps * ring.stage_bytes - codes.shape[1])])
+    if p.simulated:  # where nothing lies beyond an array
+        shape = (ring.split_k, p.rows, p.n)
+        codes = jnp.pad(codes, [(0, 0), (0, p.steps * ring.stage_bytes - codes.shape[1])])
     swizzle = min(128, 2 * p.unit)
     tiled = lambda *transforms: () if p.simulated else transforms
-    # The order of these is that of the kernel's arguments.
-    scratch = dict(
+    scratch: dict[str, Any] = dict(
         codes_smem=plgpu.SMEM(
             (ring.slots, HEIGHT, ring.stage_bytes), jnp.uint8,
             transforms=tiled(plgpu.TilingTransform((HEIGHT, p.unit_bytes))),
@@ -248,7 +117,7 @@ def _call(x: jax.Array, codes: jax.Array, params: list[jax.Array], p: Plan, dtyp
     run = plgpu.kernel(
         partial(_kernel, p=p),
         out_type=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(tiles, ring.split_k),
+        grid=(p.n // HEIGHT, ring.split_k),
         grid_names=("tile", "part"),
         num_threads=ring.workers + 1,
         thread_name="warpgroup",
@@ -256,7 +125,7 @@ def _call(x: jax.Array, codes: jax.Array, params: list[jax.Array], p: Plan, dtyp
         kernel_name=f"quantized_matmul_mosaic_{p.name}",
     )
     out = run(codes, x, *params)
-    return out[:, : p.m, : p.n] if padded else out
+    return out[:, : p.m]
 
 
 # --- the kernel ---
@@ -347,7 +216,7 @@ def _multiply(r: Refs, p: Plan, worker: Any, tile: Any, first: Any, count: Any) 
             plgpu.commit_smem()
             left, right = r.left_smem.at[worker], r.right_smem.at[worker]
         else:
-            right = plgpu.transpose_ref(r.x_smem.at[slot, :, pl.ds(u * p.unit, p.unit)], (1, 0))
+            right = compat.transposed(r.x_smem.at[slot, :, pl.ds(u * p.unit, p.unit)])
 
         def run(sums: Any) -> Any:
             plgpu.wgmma(sums, left, right)

@@ -42,8 +42,8 @@ def pairs(e: Element) -> list[tuple[int, int]]:
 def order(e: Element, unit: int) -> np.ndarray:
     """Which code of a unit each column of the left operand is: int `[unit]`.
 
-    Thread q has words of 32 bits in a row of a quarter of the unit. Its registers, in the order of words and `pairs`, are
-    columns 2 q and 2 q + 1 of the first, second, ... eight columns.
+    Thread q has words of 32 bits in a row, of a quarter of the unit. Its registers, in the order of words and `pairs`,
+    are columns 2 q and 2 q + 1 of the first, second, ... eight columns.
     """
     run = unit // 4
     word = 32 // e.bits
@@ -61,9 +61,10 @@ def left(codes: Any, u: int, e: Element, unit: int, offset: Any, dtype: Any, sim
     if simulated:
         return _left_of_arrays(codes[:, pl.ds(u * unit * e.bits // 8, unit * e.bits // 8)], e, offset, dtype)
     unit_bytes = unit * e.bits // 8
+    offsets = [] if offset is None else [offset]
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType((plgpu.TilingTransform((HEIGHT, unit_bytes)),)), *([] if offset is None else [OF_ROWS])),
+        arg_types=(plgpu.RefType((plgpu.TilingTransform((HEIGHT, unit_bytes)),)), *([OF_ROWS] * len(offsets))),
         return_type=plgpu.ShapeDtypeStruct((HEIGHT, unit), dtype, layout=LAYOUT),
     )
     def run(ctx: Any, ref: Any, *offset: Any) -> Any:
@@ -80,7 +81,7 @@ def left(codes: Any, u: int, e: Element, unit: int, offset: Any, dtype: Any, sim
                 out[0, eight, 0, 0, below, 0, 0, 0, 0] = vector.bitcast(two, _vector(register))
         return mgpu.FragmentedArray(_registers=out, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
-    return run(codes, *([] if offset is None else [offset]))
+    return run(codes, *offsets)
 
 
 def _upcast(word: ir.Value, e: Element, zero: list[ir.Value], dtype: Any) -> list[ir.Value]:
@@ -268,7 +269,7 @@ def _vector(v: ir.Value) -> ir.Value:
     return vector.broadcast(ir.VectorType.get((1,), v.type), v)
 
 
-def _asm(text: str, args: list[ir.Value], result: Any = None, outs: int = 1) -> ir.Value:
+def _asm(text: str, args: list[ir.Value], result: Any = None, outs: int = 1) -> Any:
     """Inline PTX without effects."""
     constraints = ",".join(["=r"] * outs + ["r"] * len(args))
     return llvm.inline_asm(result or _int(32), args, text, constraints, asm_dialect=0, has_side_effects=False)

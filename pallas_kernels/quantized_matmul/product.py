@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels.quantized_matmul import decode, triton, xla
+from pallas_kernels import compat
+from pallas_kernels.quantized_matmul import decode, rings, triton, xla
 from pallas_kernels.quantized_matmul.elements import element, plane_widths
+from pallas_kernels.quantized_matmul.rings import Ring
 from pallas_kernels.quantized_matmul.tilings import FEW, Tiling
 
-IMPLEMENTATIONS = ("triton", "xla")
+IMPLEMENTATIONS = ("auto", "mosaic", "triton", "xla")
 
 
 class Options(NamedTuple):
@@ -22,9 +24,10 @@ class Options(NamedTuple):
     group_size: int | None
     out_dtype: Any
     implementation: str
-    device: str
-    tiling: Tiling | None
+    device: str | None
+    tiling: Tiling | Ring | None
     exact: bool
+    unproven: bool
     packed: bool
     interpret: bool
 
@@ -46,10 +49,11 @@ def quantized_matmul(
     element: str,
     group_size: int | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
-    implementation: str = "triton",
-    device: str = "h100",
-    tiling: Tiling | None = None,
+    implementation: str = "auto",
+    device: str | None = None,
+    tiling: Tiling | Ring | None = None,
     exact: bool = False,
+    unproven: bool = False,
     packed: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
@@ -71,11 +75,14 @@ def quantized_matmul(
       element: "int2" to "int8", "nf4", "fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1".
       group_size: elements of a row that share a scale (the last group may be shorter); None where the row does.
       out_dtype: of the result; that of `x` by default. Sums are float32.
-      implementation: "triton", or "xla".
-      device: the GPU whose tilings are used, "h100", "a100" or "b200"; the result does not depend on it.
-      tiling: to choose it oneself.
+      implementation: "mosaic" (Hopper alone), "triton", "xla"; "auto" takes one of the first two: "mosaic" where it is
+        proven and was the faster one.
+      device: the GPU, "h100", "h200", "a100" or "b200"; by default that which the program is lowered for, where it is
+        known (`compat.lowering_on`), and else any, with the tilings of an H100.
+      tiling: to choose it oneself: a `Tiling` for Triton, a `Ring` for Mosaic.
       exact: never write the weight out, which rounds it: codes of activations times codes of weights keep their sums,
         also where `vmap` makes few rows many.
+      unproven: "auto" takes "mosaic" for whatever it can do.
       packed: upcast elements two and four at a time by inline PTX (`packed`), where there is one for them. No
         interpreter runs it: there, and with False, one at a time.
       interpret: run the kernel in Pallas' interpreter: on any machine, slowly.
@@ -91,7 +98,9 @@ def quantized_matmul(
         raise ValueError(f"quantized_matmul: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
     _check(x, planes, scale, element, group_size)
     dtype = jnp.dtype(out_dtype or x.dtype)
-    options = Options(element, group_size, dtype, implementation, device, tiling, exact, packed, interpret)
+    if tiling is not None and implementation == "auto":
+        implementation = "mosaic" if isinstance(tiling, Ring) else "triton"
+    options = Options(element, group_size, dtype, implementation, device, tiling, exact, unproven, packed, interpret)
     return _product(options, x, Arrays(planes, scale, zero_point))
 
 
@@ -151,13 +160,28 @@ def _flat(options: Options, batch: int, x: jax.Array, w: Arrays) -> jax.Array:
     together = lambda a: a.reshape(*front, *a.shape[batch:])
     flat = x.reshape(*front, math.prod(rows), k)
     planes, scale, zero_point = jax.tree.map(together, w)
-    static: dict[str, Any] = options._asdict()
-    if static.pop("implementation") == "xla":
-        kept = {name: static[name] for name in ("element", "group_size", "out_dtype")}
-        out = xla.quantized_matmul(flat, planes, scale, zero_point, **kept)
-    elif not static.pop("exact") and options.tiling is None and flat.dtype.itemsize == 2 and flat.shape[-2] > FEW:
-        del static["tiling"], static["packed"]
-        out = decode.quantized_matmul(flat, planes, scale, zero_point, **static)
-    else:
-        out = triton.quantized_matmul(flat, planes, scale, zero_point, **static)
+    how = _implementation(options, flat, planes, scale, zero_point)
+    stored: dict[str, Any] = dict(element=options.element, group_size=options.group_size, out_dtype=options.out_dtype)
+    out = how(flat, planes, scale, zero_point, **stored)
     return out.reshape(*lead, *rows, out.shape[-1])
+
+
+def _implementation(options: Options, x: jax.Array, planes: Any, scale: Any, zero_point: Any) -> Any:
+    """The function that multiplies: `triton.quantized_matmul` or another one with its arguments."""
+    name = options.implementation
+    device = options.device or compat.target()
+    place: dict[str, Any] = dict(device=device or "h100", interpret=options.interpret)
+    tiling: Any = options.tiling
+    if name == "auto" and not options.interpret:
+        how = (options.element, options.group_size, x, planes, scale, zero_point, options.unproven)
+        name = "mosaic" if rings.preferred(device, *how) else "triton"
+    if name == "xla":
+        return xla.quantized_matmul
+    if name == "mosaic":
+        # Here, not above: jaxlib has it for some platforms only.
+        from pallas_kernels.quantized_matmul import mosaic
+
+        return partial(mosaic.quantized_matmul, ring=tiling, **place)
+    if not options.exact and tiling is None and x.dtype.itemsize == 2 and x.shape[-2] > FEW:
+        return partial(decode.quantized_matmul, **place)
+    return partial(triton.quantized_matmul, tiling=tiling, packed=options.packed, **place)

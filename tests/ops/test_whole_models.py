@@ -111,6 +111,29 @@ def test_a_model_on_eight_gpus_sends_no_codes(policy, tokens, most):
     assert len(check_moved(text)) <= most * SMALL.num_layers + 2  # and the head's logits, the embedding's rows
 
 
+MOSAIC = "on a Hopper GPU the one through Mosaic"
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not()))
+@pytest.mark.parametrize("device, devices", [("h100", 2), ("a100", 1)])
+def test_the_gpu_that_a_program_is_compiled_for_has_its_own_kernels(device, devices):
+    """Of an 8B layer as many through Mosaic as `explain` says, on a Hopper GPU alone; the weights are cut over two."""
+    mesh = topologies.make_mesh(harness.topology(device, (1, 1, devices)), (devices,), ("model",))
+    config = dataclasses.replace(LLAMA_8B, num_layers=1)
+    q, apply, tokens = quantized_shapes(config, jq.INT4_G128), jq.models.build(config), shape(1, 1, dtype=jnp.int32)
+    here = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    args = placed(q, mesh, here), here(tokens, NamedSharding(mesh, P()))
+    with compat.lowering_for(gpu(device).kind):
+        text = jax.jit(jq.quantized(apply)).lower(*args).compile().as_text()
+    reads = [r for r in jq.explain(apply, q, tokens) if r.kind == "dot"]
+    many = sum(MOSAIC in r.how for r in reads)
+    assert 0 < many < len(reads)  # the weights with rows enough for the cores
+    wanted = many if device == "h100" else 0
+    assert text.count('custom_call_target="mosaic_gpu') == wanted
+    assert text.count(TARGET) == len(reads) - wanted
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 def test_a_model_on_eight_cpu_devices_sends_no_codes():
     """What XLA makes of the plain products."""

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import harness
 from pallas_kernels.gpus import gpu
 from pallas_kernels.low_precision_matmul import low_precision_matmul
-from pallas_kernels.quantized_matmul import Tiling, quantized_matmul
+from pallas_kernels.quantized_matmul import Tiling, quantized_matmul, rings
 from pallas_kernels.quantized_matmul.elements import element, plane_widths
 
 pytestmark = [
@@ -35,6 +35,7 @@ def compiled(
     asymmetric=False,
     packed=True,
     kernel="quantized_matmul",
+    unproven=False,
 ):
     blocks = 1 if group is None else -(-k // group)
     shape = jax.ShapeDtypeStruct
@@ -43,8 +44,9 @@ def compiled(
 
     def product(x, planes, scale, *zero):
         return quantized_matmul(
-            x, planes, scale, *zero, element=name, group_size=group, device=device, tiling=tiling, packed=packed
-        )
+            x, planes, scale, *zero, element=name, group_size=group, device=device, tiling=tiling, packed=packed,
+            unproven=unproven,
+        )  # fmt: skip
 
     program = harness.compile_for(device, product, shape((m, k), dtype), planes, shape((n, blocks), scale_dtype), *zero)
     [found] = program.named(kernel)
@@ -81,6 +83,33 @@ def test_the_packed_upcast_compiles(device, asymmetric):
     program, kernel = compiled(device, "int4", 128, 16, 512, 1024, DECODE, asymmetric=asymmetric, packed=True)
     check(program, kernel, device, 512, 1024)
     assert kernel.ptx.counts["fma"] >= 32  # two elements each
+
+
+@pytest.mark.parametrize("name, group, asymmetric", [("int4", 128, False), ("int4", 64, True), ("nf4", 64, False)])
+def test_through_mosaic_every_byte_of_the_weight_comes_by_tma_once(name, group, asymmetric):
+    """The copies of a turn of the loop are those of one stage, and there are as many turns as stages."""
+    m, n, k = 16, 8192, 4096
+    how = dict(asymmetric=asymmetric, kernel="mosaic", unproven=True)
+    program, kernel = compiled("h100", name, group, m, n, k, None, **how)
+    check(program, kernel, "h100", n, k)
+    p = rings.planned(name, group, m, n, k, None, 1, gpu("h100"))
+    tiles = n // rings.HEIGHT
+    assert p.ring.split_k == 1 and tiles * p.steps * rings.HEIGHT * p.ring.stage_bytes == n * k // 2
+    asked = re.findall(r"expect_tx[^;]*, (%r\d+);", kernel.ptx.text)  # bytes a thread of 128 waits for
+    values = {int(re.search(rf"mov\.b32\s+{r}, (\d+);", kernel.ptx.text)[1]) for r in asked}
+    assert {128 * v for v in values} == {rings.HEIGHT * p.ring.stage_bytes, 2 * p.rows * p.stage}
+    assert kernel.threads == 128 * (p.ring.workers + 1) and 65536 // kernel.threads >= kernel.registers
+    assert kernel.ptx.counts["wgmma.mma_async"] == p.stage // 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, group, m, dtype",
+    [("int8", None, 1, jnp.float16), ("int2", 128, 64, jnp.bfloat16), ("fp8_e4m3", 64, 40, jnp.bfloat16)],
+)
+def test_every_element_compiles_through_mosaic(name, group, m, dtype):
+    program, kernel = compiled("h100", name, group, m, 512, 1024, None, dtype=dtype, kernel="mosaic", unproven=True)
+    check(program, kernel, "h100", 512, 1024)
 
 
 @pytest.mark.slow

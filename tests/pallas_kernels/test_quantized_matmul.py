@@ -278,7 +278,7 @@ def test_errors_say_what_to_do():
         quantized_matmul(case.x, case.planes, case.scale[:, :1], **case.options)
     with pytest.raises(ValueError, match="int9.*choose one of int2"):
         quantized_matmul(*case.arrays, element="int9")
-    with pytest.raises(ValueError, match="none of triton, xla"):
+    with pytest.raises(ValueError, match="none of auto, mosaic, triton, xla"):
         quantized_matmul(*case.arrays, **case.options, implementation="cuda")
     odd = make("int4", 2, 8, 63, 21)
     with pytest.raises(ValueError, match="groups of 21"):
