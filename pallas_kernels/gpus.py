@@ -3,6 +3,7 @@
 Sources: NVIDIA's data sheets and the tables of the CUDA C++ Programming Guide ("Compute Capabilities").
 """
 
+import re
 from typing import NamedTuple
 
 
@@ -38,7 +39,7 @@ class Gpu(NamedTuple):
 
     @property
     def arch(self) -> int:
-        """80, 90, 100."""
+        """80, 89, 90, 100."""
         return 10 * self.capability[0] + self.capability[1]
 
 
@@ -46,6 +47,10 @@ GPUS: dict[str, Gpu] = {
     "a100": Gpu(
         "NVIDIA A100-SXM4-80GB", (8, 0), "sm_80", 108, 2.039e12, 312e12, 624e12,
         167936, 166912, 40 << 20, 80 << 30, 1.41,
+    ),
+    "l4": Gpu(
+        "NVIDIA L4", (8, 9), "sm_89", 58, 0.3e12, 121e12, 242e12,
+        102400, 101376, 48 << 20, 24 << 30, 2.04,
     ),
     "h100": Gpu(
         "NVIDIA H100 80GB HBM3", (9, 0), "sm_90a", 132, 3.35e12, 989e12, 1979e12,
@@ -98,5 +103,8 @@ device_description_str: "{g.kind}"
 
 
 def named(kind: str) -> str | None:
-    """The name here of the GPU whose `jax.Device.device_kind` is `kind`; None for others."""
-    return next((name for name in GPUS if name.upper() in kind.upper()), None)
+    """The name here of the GPU whose `jax.Device.device_kind` is `kind`; None for others.
+
+    A Grace Hopper or Grace Blackwell is its GPU.
+    """
+    return next((name for name in GPUS if re.search(rf"\bG?{name}\b", kind, re.I)), None)

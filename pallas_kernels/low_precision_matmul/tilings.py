@@ -15,4 +15,5 @@ def choose(m: int, n: int, k: int, group_size: int | None, gpu: Gpu) -> Tiling:
     while m <= 64 and programs * split < 2 * gpu.cores and math.ceil(k / block_k) >= 8 * split:
         split *= 2
     stages = 3 if gpu.arch < 90 and rows == 128 else 4
+    stages = min(stages, gpu.shared_per_block // ((rows + block_n) * block_k))
     return Tiling(rows, block_n, block_k, split, 8 if rows == 128 else 4, stages)

@@ -65,7 +65,7 @@ def choose(p: Problem, device: str, gpu: Gpu) -> Tiling:
     adapted = None if found is None else adapt(p, found, gpu)
     if adapted is not None:
         return adapted
-    options = [t for t in _candidates(p, gpu) if shared_bytes(p, t) * t.stages <= gpu.shared_per_block]
+    options = [t for c in _candidates(p, gpu) if (t := _fitted(p, c, gpu)) is not None]
     return min(options, key=lambda t: (seconds(p, t, gpu), t.split_k, t.block_m * t.block_n))
 
 
@@ -91,10 +91,14 @@ def adapt(p: Problem, row: dict[str, Any], gpu: Gpu) -> Tiling | None:
     split = min(splits, key=lambda s: abs(math.log2(blocks * s / wanted)))
     # Products of codes with codes count on exact elements: what rounds them is for who asks for it.
     t = t._replace(block_m=block_m, block_k=block_k, split_k=split, inside=False)
-    while t.stages > 2 and shared_bytes(p, t) * t.stages > gpu.shared_per_block:
-        t = t._replace(stages=t.stages - 1)
-    fits = shared_bytes(p, t) * t.stages <= gpu.shared_per_block and t.block_m * t.block_n <= 64 * 32 * t.warps
-    return t if fits else None
+    fitted = _fitted(p, t, gpu)
+    return fitted if t.block_m * t.block_n <= 64 * 32 * t.warps else None
+
+
+def _fitted(p: Problem, t: Tiling, gpu: Gpu) -> Tiling | None:
+    """With no more stages than shared memory holds; None where it does not hold two."""
+    stages = min(t.stages, gpu.shared_per_block // shared_bytes(p, t))
+    return t._replace(stages=stages) if stages >= min(2, t.stages) else None
 
 
 def _power(n: int) -> int:

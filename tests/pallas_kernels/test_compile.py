@@ -77,6 +77,25 @@ def test_decoding_reads_every_byte_of_the_weight_once(device, name, group, scale
     assert min(load.bytes for load in kernel.ptx.loads if load.parameter == 1) >= (16 if name == "int4" else 8)
 
 
+TENSOR_CORES = {"l4": "mma.sync", "b200": "tcgen05.mma"}
+
+
+@pytest.mark.parametrize("device", TENSOR_CORES)
+@pytest.mark.parametrize("name, group, m", [("int4", 128, 1), ("int4", 64, 64), ("int8", None, 16), ("nf4", 64, 16)])
+def test_kernels_compile_for_ada_and_blackwell(device, name, group, m):
+    """With the tilings of the model of a GPU: nothing was tuned there."""
+    program, kernel = compiled(device, name, group, m, 1024, 2048, None)
+    assert kernel.spill_bytes == 0 and kernel.shared_bytes <= gpu(device).shared_per_block
+    assert TENSOR_CORES[device] in kernel.ptx.text
+    shape = jax.ShapeDtypeStruct
+    f = lambda a, b, s, t: low_precision_matmul(a, b, s, t, device=device)
+    dtype = jnp.int8 if name.startswith("int") else jnp.float8_e4m3fn
+    scales = shape((m, 1), jnp.float32), shape((1024, 1), jnp.float32)
+    args = shape((m, 2048), dtype), shape((1024, 2048), dtype), *scales
+    [kernel] = harness.compile_for(device, f, *args).named("low_precision")
+    assert kernel.spill_bytes == 0 and TENSOR_CORES[device] in kernel.ptx.text
+
+
 @pytest.mark.parametrize("device", ["h100", "a100"])
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_the_packed_upcast_compiles(device, asymmetric):

@@ -74,6 +74,11 @@ def test_nothing_spills_at_any_head_dim(name, dim, device):
     check(compiled(name, dim, 4, device)[0], device)
 
 
+@pytest.mark.parametrize("device", ["l4", "b200"])
+def test_it_compiles_for_ada_and_blackwell(device):
+    check(compiled("int4-g32-asym", 128, 4, device)[0], device)
+
+
 def test_windows_and_caps_do_not_spill():
     check(compiled("int4-g32-asym", 128, 4, window=4096, sink_tokens=4, soft_cap=50.0)[0])
 

@@ -69,7 +69,7 @@ def test_bytes_of_a_step():
 
 
 def test_an_unknown_gpu_is_an_error():
-    with pytest.raises(ValueError, match="choose one of a100, h100, h200, b200"):
+    with pytest.raises(ValueError, match="choose one of a100, l4, h100, h200, b200"):
         gpus.gpu("h900")
     for g in gpus.GPUS.values():
         assert f"core_count: {g.cores}" in gpus.target_config(g)

@@ -194,7 +194,8 @@ def test_the_program_is_triton_where_the_gpu_is_not_known():
 def test_gpus_are_known_by_what_jax_calls_them():
     assert named("NVIDIA H100 80GB HBM3") == named("NVIDIA H100 NVL") == "h100"
     assert named("NVIDIA H200") == named("NVIDIA GH200 480GB") == "h200"
-    assert named("NVIDIA A100-SXM4-80GB") == "a100" and named("cpu") is None and named("NVIDIA L4") is None
+    assert named("NVIDIA A100-SXM4-80GB") == "a100" and named("NVIDIA L4") == "l4"
+    assert named("cpu") is None and named("NVIDIA L40S") is None
 
 
 def test_elements_that_are_listed_are_those_that_it_takes():
