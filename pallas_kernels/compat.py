@@ -19,6 +19,11 @@ def target() -> str | None:
     return _target.get()
 
 
+def device_of(device: str | None) -> str:
+    """The name of the GPU that a kernel is for: the one that is asked for, that of `target`, or "any"."""
+    return device or target() or "any"
+
+
 @contextlib.contextmanager
 def lowering_on(name: str | None) -> Iterator[None]:
     """Kernels traced inside are for this GPU."""

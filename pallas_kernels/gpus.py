@@ -67,14 +67,20 @@ GPUS: dict[str, Gpu] = {
 }  # fmt: skip
 
 
+# Where the GPU is not known: the blocks of an H100, in the least shared memory and with the instructions of any.
+ANY = GPUS["h100"]._replace(capability=(8, 0), shared_per_core=102400, shared_per_block=101376)
+
+
 def gpu(device: "str | Gpu") -> Gpu:
-    """The `Gpu` of a name ("h100"); itself, if it is one.
+    """The `Gpu` of a name ("h100"), `ANY` of "any"; itself, if it is one.
 
     Raises:
       ValueError: there is no such name.
     """
     if isinstance(device, Gpu):
         return device
+    if device == "any":
+        return ANY
     if device not in GPUS:
         raise ValueError(f"device {device!r} is not known; choose one of {', '.join(GPUS)}, or give a Gpu")
     return GPUS[device]

@@ -6,7 +6,8 @@ import math
 from importlib import resources
 from typing import Any
 
-ALIKE = {"h200": "h100"}  # the same processor with other memory
+# The same processor with other memory; and what is taken where the GPU is not known.
+ALIKE = {"h200": "h100", "any": "h100"}
 
 
 @functools.cache

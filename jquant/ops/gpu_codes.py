@@ -98,7 +98,6 @@ def _kernel(x: Operand, w: Operand, how: _How) -> jax.Array:
     out = low_precision_matmul(
         jnp.concatenate([x.codes, ones]), w.codes, scale, w.scale, group_size=how.group_size,
         out_dtype=how.out_dtype if exact else jnp.float32, interpret=how.interpret,
-        device="h100" if x.codes.dtype == jnp.int8 else "a100",  # whose program of fp8 runs on any GPU
     )  # fmt: skip
     if exact:
         return out

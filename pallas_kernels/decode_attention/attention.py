@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import compat
 from pallas_kernels.decode_attention import triton
 from pallas_kernels.decode_attention.layout import Coded, Layout, Rules, State
 from pallas_kernels.decode_attention.tilings import Problem, Tiling, choose
@@ -11,7 +12,7 @@ from pallas_kernels.gpus import gpu
 
 
 def why_not(
-    layouts: tuple[Layout, Layout], dim: int, rows: int = 1, page_size: int = 0, device: str = "h100"
+    layouts: tuple[Layout, Layout], dim: int, rows: int = 1, page_size: int = 0
 ) -> str | None:
     """Why no kernel can do it; None where one can.
 
@@ -20,7 +21,6 @@ def why_not(
       dim: head_dim.
       rows: queries of a kv head.
       page_size: slots of a page, 0 without pages.
-      device: the GPU it is for.
     """
     for name, layout in zip(("keys", "values"), layouts):
         reason = triton.why_not(layout, dim, rows, page_size, name == "keys")
@@ -41,7 +41,7 @@ def decode_attention(
     written: jax.Array | None = None,
     shift: jax.Array | None = None,
     table: jax.Array | None = None,
-    device: str = "h100",
+    device: str | None = None,
     tiling: Tiling | None = None,
     interpret: bool = False,
 ) -> State:
@@ -59,7 +59,7 @@ def decode_attention(
       written: int32 `[B]`, of a ring: how many positions have been written.
       shift: float32 `[B, K, R]`, or None.
       table: int32 `[B, pages]`, the pages of each sequence, negative for none (such must lie behind `end`).
-      device: the GPU that tilings are chosen for; the program runs on any.
+      device: the GPU that tilings are chosen for; by default as `compat.device_of` says.
       tiling: to choose it oneself.
       interpret: run in Pallas' interpreter: on any machine, slowly.
 
@@ -69,8 +69,8 @@ def decode_attention(
     Raises:
       ValueError: `why_not` has a reason, or blocks do not fit the layout.
     """
-    dim, rows = q.shape[-1], q.shape[2]
-    reason = why_not(layouts, dim, rows, rules.page_size, device)
+    dim, rows, device = q.shape[-1], q.shape[2], compat.device_of(device)
+    reason = why_not(layouts, dim, rows, rules.page_size)
     if reason is not None:
         raise ValueError(f"decode_attention: no kernel: {reason}; use reference.decode_attention")
     slots = keys.codes[0].shape[2] if table is None else table.shape[1] * rules.page_size

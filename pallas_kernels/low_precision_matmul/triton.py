@@ -47,7 +47,7 @@ def low_precision_matmul(
     *,
     group_size: int | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    device: str = "h100",
+    device: str | None = None,
     tiling: Tiling | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -55,7 +55,7 @@ def low_precision_matmul(
 
     Args:
       device: the GPU that tilings, and the use of its fp8 products, are chosen for: a program for "h100" does not
-        run on an A100.
+        run on an A100. By default as `compat.device_of` says.
       tiling: to choose it oneself; groups are multiples of its block_k.
       interpret: run on the CPU, slowly, to see that the numbers are right.
 
@@ -65,7 +65,7 @@ def low_precision_matmul(
     reason = why_not(a.dtype, b.dtype, group_size)
     if reason is not None:
         raise ValueError(f"low_precision_matmul: no Triton kernel: {reason}")
-    (m, k), n = a.shape, b.shape[0]
+    (m, k), n, device = a.shape, b.shape[0], compat.device_of(device)
     out_dtype = jnp.dtype(out_dtype)
     if 0 in (m, k, n):
         return jnp.zeros((m, n), out_dtype)

@@ -31,7 +31,7 @@ def quantized_matmul(
     element: str,
     group_size: int | None = None,
     out_dtype: Any = None,
-    device: str = "h100",
+    device: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """`triton.quantized_matmul` of many rows of 16-bit activations: `decode`, and XLA's product with float32 sums."""
@@ -54,7 +54,7 @@ def decode(
     group_size: int | None,
     k: int,
     dtype: Any,
-    device: str = "h100",
+    device: str | None = None,
     tiling: Tiling = TILING,
     interpret: bool = False,
 ) -> jax.Array:
@@ -100,7 +100,7 @@ def decode(
     )(*words, *scales)
     for _ in planes[0].shape[:-2]:
         call = jax.vmap(call)
-    with compat.lowering_for(gpu(device).kind):
+    with compat.lowering_for(gpu(compat.device_of(device)).kind):
         return call(words, scales)
 
 

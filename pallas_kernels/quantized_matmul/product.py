@@ -77,8 +77,8 @@ def quantized_matmul(
       out_dtype: of the result; that of `x` by default. Sums are float32.
       implementation: "mosaic" (Hopper alone), "triton", "xla"; "auto" takes one of the first two: "mosaic" where it is
         proven and was the faster one.
-      device: the GPU, "h100", "h200", "a100" or "b200"; by default that which the program is lowered for, where it is
-        known (`compat.lowering_on`), and else any, with the tilings of an H100.
+      device: the GPU, one of `gpus.GPUS`; by default that which the program is lowered for, where it is known
+        (`compat.lowering_on`), else "any".
       tiling: to choose it oneself: a `Tiling` for Triton, a `Ring` for Mosaic.
       exact: never write the weight out, which rounds it: codes of activations times codes of weights keep their sums,
         also where `vmap` makes few rows many.
@@ -169,8 +169,8 @@ def _flat(options: Options, batch: int, x: jax.Array, w: Arrays) -> jax.Array:
 def _implementation(options: Options, x: jax.Array, planes: Any, scale: Any, zero_point: Any) -> Any:
     """The function that multiplies: `triton.quantized_matmul` or another one with its arguments."""
     name = options.implementation
-    device = options.device or compat.target()
-    place: dict[str, Any] = dict(device=device or "h100", interpret=options.interpret)
+    device = compat.device_of(options.device)
+    place: dict[str, Any] = dict(device=device, interpret=options.interpret)
     tiling: Any = options.tiling
     if name == "auto" and not options.interpret:
         how = (options.element, options.group_size, x, planes, scale, zero_point, options.unproven)

@@ -169,7 +169,7 @@ def why_not(
 
 
 def preferred(
-    device: str | None, name: str, group_size: int | None, x: Any, planes: Any, scale: Any, zero: Any, unproven: bool
+    device: str, name: str, group_size: int | None, x: Any, planes: Any, scale: Any, zero: Any, unproven: bool
 ) -> bool:
     """Whether this kernel is the one to take on a device, rather than Triton's.
 
@@ -177,7 +177,7 @@ def preferred(
     one part; there it was the faster one with codes of 4 bits, and no faster with those of 8. What is beyond that has
     been seen right in the simulator alone, and is taken if `unproven`.
     """
-    if device is None or gpu(device).arch != 90:
+    if gpu(device).arch != 90:
         return False
     m, k, n = x.shape[-2], x.shape[-1], planes[0].shape[-2]
     if why_not(name, group_size, m, n, k, x.dtype, scale.dtype, None if zero is None else zero.dtype):

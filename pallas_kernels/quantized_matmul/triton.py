@@ -130,7 +130,7 @@ def quantized_matmul(
     element: str,
     group_size: int | None = None,
     out_dtype: Any = None,
-    device: str = "h100",
+    device: str | None = None,
     tiling: Tiling | None = None,
     packed: bool = True,
     interpret: bool = False,
@@ -144,7 +144,7 @@ def quantized_matmul(
       zero_point: the shape of `scale`, uint8 or float, or None.
       element, group_size: how the weight is stored.
       out_dtype: of the result; that of x by default.
-      device: the GPU that tilings are chosen for; the program runs on any.
+      device: the GPU that tilings are chosen for; by default as `compat.device_of` says.
       tiling: to choose it oneself.
       packed: upcast elements two and four at a time (see `packed`), where that can be and no interpreter runs.
       interpret: run on the CPU, slowly, to see that the numbers are right; without `packed`.
@@ -155,7 +155,7 @@ def quantized_matmul(
     Raises:
       ValueError: `why_not` has a reason.
     """
-    k, n = x.shape[-1], planes[0].shape[-2]
+    k, n, device = x.shape[-1], planes[0].shape[-2], compat.device_of(device)
     reason = why_not(element, group_size, k, n, x.dtype)
     if reason is not None:
         raise ValueError(f"quantized_matmul: no Triton kernel for {element} x {x.dtype}: {reason}")

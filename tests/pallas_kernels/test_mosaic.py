@@ -171,7 +171,7 @@ def test_on_a_hopper_gpu_it_is_taken_where_a_gpu_has_shown_it_right_and_fast():
         return rings.preferred(device, name, group, x, (codes,), scale, zero and shape((n, blocks), zero), unproven)
 
     assert taken() and taken("h200") and taken(m=64) and taken(name="nf4", group=64)
-    assert not taken("a100") and not taken("b200") and not taken(None)
+    assert not taken("a100") and not taken("b200") and not taken("any")
     assert not taken(name="int8") and not taken(m=65)
     for more in (dict(n=1024), dict(k=8320), dict(zero=jnp.uint8), dict(lead=(2,)), dict(name="int2")):
         assert not taken(**more) and taken(**more, unproven=True)
