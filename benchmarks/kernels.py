@@ -112,8 +112,11 @@ def random(tree, key):
             return jax.lax.bitcast_convert_type(jax.random.bits(key, a.shape, jnp.uint8), a.dtype)
         return jax.random.uniform(key, a.shape, jnp.float32, 0.5, 1.0).astype(a.dtype)
 
-    leaves, tree = jax.tree.flatten(tree)
-    return tree.unflatten([one(a, key) for a, key in zip(leaves, jax.random.split(key, len(leaves)))])
+    leaves, treedef = jax.tree.flatten(tree)
+    made = treedef.unflatten([one(a, key) for a, key in zip(leaves, jax.random.split(key, len(leaves)))])
+    if isinstance(tree, tuple) and len(tree) == 3 and tree[2] is not None:  # a weight: zero points are codes
+        return made[0], made[1], made[2] & 15
+    return made
 
 
 def copies(tree, g: Gpu) -> list:

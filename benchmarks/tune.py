@@ -97,7 +97,7 @@ DECODE = [tilings.Tiling(0, n, k, 1, w, 1) for n in (16, 32, 64) for k in (128, 
 
 def _written(f: products.Format, t: tilings.Tiling, x: jax.Array, w: Any) -> jax.Array:
     decoded = decode(*w, element=f.element, group_size=f.group, k=x.shape[1], dtype=x.dtype, tiling=t)
-    return jax.lax.dot_general(x, decoded, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+    return jax.lax.dot_general(x, decoded, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
 
 
 def _decoded(f: products.Format, x: jax.Array, w: Any) -> jax.Array:
@@ -130,10 +130,11 @@ def weight_rings(f: products.Format, m: int, n: int, k: int, args: argparse.Name
     zero = jnp.uint8 if f.asymmetric else None
     if g.arch != 90 or rings.why_not(f.element, f.group, m, n, k, jnp.bfloat16, jnp.dtype(f.scale), zero):
         return []
-    sizes = itertools.product((32, 64, 128, 256), (4, 6, 8, 9, 12, 16, 24), (2, 3, 4, 6), (1, 2, 4, 8))
+    sizes = itertools.product((32, 64, 128, 256), (4, 6, 8, 9, 12, 16, 24), (2, 3, 4, 6), (1, 2, 4, 8), (False, True))
 
     def fits(r: rings.Ring) -> bool:
-        if r.slots % r.workers or r.stage_bytes * 8 // element(f.element).bits % rings.unit_of(f.element, group):
+        small = rings.unit_of(f.element, group) < 64 or element(f.element).bits < 4
+        if r.inside and small or r.slots % r.workers or r.stage_bytes * 8 // element(f.element).bits % rings.unit_of(f.element, group):
             return False
         p = rings.planned(f.element, group, m, n, k, r, 1, g)
         blocks = r.split_k * n // rings.HEIGHT

@@ -41,8 +41,10 @@ def quantized_matmul(
     w = decode(planes, scale, zero_point, **how)
     batch = tuple(range(w.ndim - 2))
     numbers = (((x.ndim - 1,), (w.ndim - 1,)), (batch, batch))
-    out = lax.dot_general(x, w, numbers, preferred_element_type=jnp.float32)
-    return out.astype(out_dtype or x.dtype)
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    # The sums are float32 in any case; as a result of their own they would be written and read once more.
+    sums = out_dtype if out_dtype == x.dtype else jnp.float32
+    return lax.dot_general(x, w, numbers, preferred_element_type=sums).astype(out_dtype)
 
 
 def decode(

@@ -113,6 +113,68 @@ def _left_of_arrays(codes: jax.Array, e: Element, offset: Any, dtype: Any) -> ja
     return jnp.concatenate([numbers[:, c : c + 1] for c in at], axis=1)
 
 
+# --- the right operand ---
+
+
+def arrange(x: Any, e: Element, unit: int, simulated: bool = False) -> None:
+    """Activations `[rows, stage]` in shared memory, columns of every unit brought into `order`.
+
+    Each thread moves eight of one row that lie in a thread's run of codes; those of a unit are in the same warp, which
+    reads all of them before it writes.
+    """
+    rows, stage = x.shape
+    if simulated:
+        at = np.concatenate([u * unit + order(e, unit) for u in range(stage // unit)])
+        now = x[...]
+        x[...] = jnp.concatenate([now[:, c : c + 1] for c in at], axis=1)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))),))
+    def run(ctx: Any, ref: Any) -> None:
+        thread = _thread()
+        each = stage // 8  # eights of a row
+        moved = []
+        for turn in range(-(-rows * each // 128)):
+            item = _sum(thread, 128 * turn)
+            row, eight = arith.divui(item, _i32(each)), arith.remui(item, _i32(each))
+            at = _of_activation(row, _times(eight, 8), stage)
+            loaded = llvm.load(ir.VectorType.get((4,), _int(32)), _at(ref, at))
+            moved.append((row, eight, [_item(loaded, i) for i in range(4)]))
+        mgpu.utils.warp_barrier()
+        for row, eight, four in moved:
+            in_unit = arith.remui(eight, _i32(unit // 8))
+            q, v = arith.divui(in_unit, _i32(unit // 32)), arith.remui(in_unit, _i32(unit // 32))
+            unit_begins = _times(arith.divui(eight, _i32(unit // 8)), unit)
+            for n, (low, high) in enumerate(_pairs_of_eight(e)):
+                two = _asm(f"prmt.b32 $0, $1, $2, {_halves(low, high)};", [four[low // 2], four[high // 2]])
+                # Registers of the eight before, eight columns each, and of these the ones of this thread.
+                column = _sum(unit_begins, _times(v, 8 * len(_pairs_of_eight(e))), 8 * n, _times(q, 2))
+                llvm.store(two, _at(ref, _of_activation(row, column, stage)))
+
+    assert (rows * stage // 8) % 128 == 0
+    run(x)
+
+
+def _pairs_of_eight(e: Element) -> list[tuple[int, int]]:
+    """`pairs` of the words of eight codes, in the order of registers."""
+    word = 32 // e.bits
+    return [(i + a, i + b) for i in range(0, 8, word) for a, b in pairs(e)]
+
+
+def _halves(low: int, high: int) -> str:
+    """The selector that puts the half of `low` in its register, and that of `high`, into one register."""
+    a, b = 2 * (low % 2), 4 + 2 * (high % 2)
+    return f"0x{b + 1}{b}{a + 1}{a}"
+
+
+def _of_activation(row: ir.Value, column: ir.Value, stage: int) -> ir.Value:
+    """Where an activation of `[rows, stage]` lies, in bytes: in tiles of 8 x 64, 16 bytes exchanged within 128."""
+    tile = _sum(_times(arith.divui(row, _i32(8)), stage // 64), arith.divui(column, _i32(64)))
+    low = arith.remui(row, _i32(8))
+    inner = arith.xori(_times(arith.remui(column, _i32(64)), 2), _times(low, 16))
+    return _sum(_times(tile, 1024), _times(low, 128), inner)
+
+
 # --- parameters of rows ---
 
 
@@ -170,7 +232,7 @@ def shape_of_sums(rows: int, simulated: bool) -> tuple[int, int]:
     return (HEIGHT, rows) if simulated else (rows // 2, 128)
 
 
-def leave(acc: Any, place: Any, simulated: bool) -> None:
+def leave(acc: Any, place: Any, simulated: bool = False) -> None:
     """Writes float32 sums `[64, rows]` into shared memory: every thread its own."""
     if simulated:
         place[...] = acc
@@ -185,8 +247,20 @@ def leave(acc: Any, place: Any, simulated: bool) -> None:
     run(acc, place)
 
 
-def take(acc: Any, place: Any, simulated: bool) -> Any:
-    """The sums, and those that another warpgroup left."""
+def meet() -> None:
+    """Waits for all threads of the cluster; what they wrote into shared memory can be read by each other then."""
+
+    @plgpu.inline_mgpu()
+    def run(ctx: Any) -> None:
+        text = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
+
+    run()
+
+
+def take(acc: Any, place: Any, block: int | None = None, simulated: bool = False) -> Any:
+    """The sums, and those that another warpgroup left; in that block of the cluster, or in this one."""
     if simulated:
         return acc + place[...]
 
@@ -198,7 +272,7 @@ def take(acc: Any, place: Any, simulated: bool) -> Any:
         out = acc.registers.copy()
         for j, register in enumerate(acc.registers.flat):
             for i in range(2):
-                more = arith.addf(_item(register, i), llvm.load(ir.F32Type.get(), _at(ref, _own(2 * j + i))))
+                more = arith.addf(_item(register, i), _left_in(ref, _own(2 * j + i), block))
                 register = vector.insert(more, register, dynamic_position=[], static_position=[i])
             out.flat[j] = register
         return mgpu.FragmentedArray(_registers=out, _layout=acc.layout, _is_signed=None)
@@ -206,12 +280,25 @@ def take(acc: Any, place: Any, simulated: bool) -> Any:
     return run(acc, place)
 
 
+def _left_in(ref: ir.Value, offset: ir.Value, block: int | None) -> Any:
+    """A float32 of this block's shared memory, or of another's in the cluster."""
+    here = _at(ref, offset)
+    if block is None:
+        return llvm.load(ir.F32Type.get(), here)
+    address = llvm.ptrtoint(_int(32), here)
+    there = f"mapa.shared::cluster.u32 there, $1, {block}; ld.shared::cluster.f32 $0, [there];"
+    text = f"{{ .reg .b32 there; {there} }}"
+    return llvm.inline_asm(
+        ir.F32Type.get(), [address], text, "=f,r,~{memory}", asm_dialect=0, has_side_effects=True
+    )
+
+
 def _own(j: int) -> ir.Value:
     """Where the sum number `j` of a thread lies: those of all threads side by side."""
     return _sum(_times(_thread(), 4), 512 * j)
 
 
-def store(acc: Any, out: Any, tile: Any, part: Any, simulated: bool) -> None:
+def store(acc: Any, out: Any, tile: Any, part: Any, simulated: bool = False) -> None:
     """Writes sums `[64, rows]` to `[parts, m, n]`, transposed; nothing beyond the last row or column."""
     if simulated:
         out[part, :, pl.ds(tile * HEIGHT, HEIGHT)] = lax.transpose(acc, (1, 0)).astype(out.dtype)

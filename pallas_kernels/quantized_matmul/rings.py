@@ -26,13 +26,20 @@ class Ring(NamedTuple):
       stage_bytes: of a row of codes, read at a time.
       slots: stages in shared memory.
       workers: warpgroups that multiply; they divide the slots.
-      split_k: parts of the contracted axis that are summed by blocks of their own, and added afterwards.
+      split_k: parts of the contracted axis that are summed by blocks of their own, a cluster, and added there.
+      inside: the kernel brings the activations into the order of the codes itself, by one more warpgroup.
     """
 
     stage_bytes: int
     slots: int
     workers: int
     split_k: int = 1
+    inside: bool = False
+
+    @property
+    def warpgroups(self) -> int:
+        """Those that multiply, the one that copies and the one that arranges."""
+        return self.workers + 1 + self.inside
 
 
 class Plan(NamedTuple):
@@ -90,6 +97,8 @@ def planned(
     p = p._replace(ring=ring, steps=steps(ring))
     if ring.slots % ring.workers:
         raise ValueError(f"quantized_matmul: {ring} must have a multiple of {ring.workers} slots, a set for each")
+    if ring.inside and (p.unit < 64 or p.element.bits < 4):
+        raise ValueError(f"quantized_matmul: {ring} is for units of 64 codes of 4 bits or more, not {p.unit} {name}")
     if ring.stage_bytes % p.unit_bytes:
         raise ValueError(f"quantized_matmul: a stage of {ring} must be a multiple of {p.unit_bytes} bytes of a row")
     return p

@@ -225,7 +225,7 @@ def test_each_device_multiplies_its_own_part(monkeypatch, fmt, of_w, of_x, sums)
     The reference stands in the place of the kernel: the partitioner does not look into either. The input's codes are
     given, as its scale is one of the whole row.
     """
-    monkeypatch.setattr(gpu_codes, "low_precision_matmul", lambda *a, interpret, device, **kw: reference(*a, **kw))
+    monkeypatch.setattr(gpu_codes, "low_precision_matmul", lambda *a, interpret, **kw: reference(*a, **kw))
     jax.clear_caches()
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     act = Activation(symmetric=fmt.symmetric)
