@@ -82,7 +82,7 @@ def quantized_matmul(
     batch = x.shape[0] if x.ndim == 3 else 1
     p = planned(element, group, m, n, k, ring, batch, gpu(device), interpret)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    dtype = jnp.dtype("float32") if interpret else out_dtype  # of parts, which the simulator adds afterwards
+    dtype = jnp.dtype("float32") if p.ring.split_k > 1 else out_dtype
     every = (*planes[0].shape[:-1], scale.shape[-1])
     params = [jnp.broadcast_to(a, every) for a in (scale, zero_point) if a is not None]
 
@@ -91,16 +91,13 @@ def quantized_matmul(
 
     with compat.lowering_for(gpu(device).kind), compat.simulated(interpret):
         out = (jax.vmap(one) if x.ndim == 3 else one)(x, planes[0], params)
-    return jnp.sum(out, axis=-3).astype(out_dtype) if interpret else jnp.squeeze(out, -3)
+    return jnp.sum(out, axis=-3).astype(out_dtype) if p.ring.split_k > 1 else jnp.squeeze(out, -3)
 
 
 def _call(x: jax.Array, codes: jax.Array, params: list[jax.Array], p: Plan, dtype: Any) -> jax.Array:
     """Arranged activations -> `[split_k, M, N]`."""
-    ring, shape = p.ring, (1, p.m, p.n)
-    blocks: dict[str, Any] = dict(grid=(p.n // HEIGHT,), grid_names=("tile",))
-    blocks |= dict(cluster=(ring.split_k,), cluster_names=("part",))
-    if p.simulated:  # where parts are added afterwards, and nothing lies beyond an array
-        blocks = dict(grid=(p.n // HEIGHT, ring.split_k), grid_names=("tile", "part"))
+    ring, shape = p.ring, (p.ring.split_k, p.m, p.n)
+    if p.simulated:  # where nothing lies beyond an array
         shape = (ring.split_k, p.rows, p.n)
         codes = jnp.pad(codes, [(0, 0), (0, p.steps * ring.stage_bytes - codes.shape[1])])
     swizzle = min(128, 2 * p.unit)
@@ -117,7 +114,6 @@ def _call(x: jax.Array, codes: jax.Array, params: list[jax.Array], p: Plan, dtyp
         sums_smem=plgpu.SMEM((max(ring.workers - 1, 1), *registers.shape_of_sums(p.rows, p.simulated)), jnp.float32),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=ring.slots),
         empty=plgpu.Barrier(num_arrivals=1, num_barriers=ring.slots),
-        raw=plgpu.Barrier(num_arrivals=1, num_barriers=ring.slots),
         done=plgpu.Barrier(num_arrivals=max(ring.workers - 1, 1)),
     )  # fmt: skip
     if p.simulated:
@@ -126,8 +122,9 @@ def _call(x: jax.Array, codes: jax.Array, params: list[jax.Array], p: Plan, dtyp
     run = plgpu.kernel(
         partial(_kernel, p=p),
         out_type=jax.ShapeDtypeStruct(shape, dtype),
-        **blocks,
-        num_threads=ring.warpgroups,
+        grid=(p.n // HEIGHT, ring.split_k),
+        grid_names=("tile", "part"),
+        num_threads=ring.workers + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
         kernel_name=f"quantized_matmul_mosaic_{p.name}",
@@ -152,7 +149,6 @@ class Refs(NamedTuple):
     sums_smem: Any
     full: Any
     empty: Any
-    raw: Any
     done: Any
     left_smem: Any
     right_smem: Any
@@ -170,27 +166,10 @@ def _kernel(codes: Any, x: Any, scale: Any, *refs: Any, p: Plan, **scratch: Any)
     def _() -> None:
         _fetch(r, p, tile, first, count)
 
-    @pl.when(warpgroup == p.ring.workers + 1)
-    def _() -> None:
-        _arrange(r, p, count)
-
     @pl.when(warpgroup < p.ring.workers)
     def _() -> None:
         acc = _multiply(r, p, warpgroup, tile, first, count)
         _finish(r, p, warpgroup, tile, part, acc)
-
-    if p.ring.split_k > 1 and not p.simulated:
-        registers.meet()  # the sums of every part lie in its shared memory
-
-        @pl.when((warpgroup == 0) & (part == 0))
-        def _() -> None:
-            zeros = plgpu.layout_cast(jnp.zeros((HEIGHT, p.rows), jnp.float32), registers.LAYOUT)
-            total = zeros
-            for other in range(p.ring.split_k):
-                total = registers.take(total, r.sums_smem.at[0], other)
-            registers.store(total, r.out, tile, jnp.int32(0))
-
-        registers.meet()  # and stay there until they are read
 
 
 def _fetch(r: Refs, p: Plan, tile: Any, first: Any, count: Any) -> None:
@@ -207,9 +186,8 @@ def _fetch(r: Refs, p: Plan, tile: Any, first: Any, count: Any) -> None:
 
         rows, bytes_ = pl.ds(tile * HEIGHT, HEIGHT), pl.ds(at * p.ring.stage_bytes, p.ring.stage_bytes)
         plgpu.copy_gmem_to_smem(r.codes.at[rows, bytes_], r.codes_smem.at[slot], r.full.at[slot])
-        here = r.raw if p.ring.inside else r.full
         x = r.x.at[pl.ds(0 * at, p.rows), pl.ds(at * p.stage, p.stage)]
-        plgpu.copy_gmem_to_smem(x, r.x_smem.at[slot], here.at[slot])
+        plgpu.copy_gmem_to_smem(x, r.x_smem.at[slot], r.full.at[slot])
         return carry
 
     lax.fori_loop(0, count, fetch, None)
@@ -222,26 +200,12 @@ def _fetch(r: Refs, p: Plan, tile: Any, first: Any, count: Any) -> None:
         lax.fori_loop(jnp.maximum(0, count - p.ring.slots), count, drain, None)
 
 
-def _arrange(r: Refs, p: Plan, count: Any) -> None:
-    """Brings the activations of each stage into the order of the codes, where they lie."""
-
-    def arrange(i: Any, carry: None) -> None:
-        slot = lax.rem(i, p.ring.slots)
-        plgpu.barrier_wait(r.raw.at[slot])
-        registers.arrange(r.x_smem.at[slot], p.element, p.unit, p.simulated)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(r.full.at[slot])
-        return carry
-
-    lax.fori_loop(0, count, arrange, None)
-
-
 def _multiply(r: Refs, p: Plan, worker: Any, tile: Any, first: Any, count: Any) -> Any:
     """The sums of every `workers`th stage, float32 `[64, rows]`."""
     workers = p.ring.workers
     if not p.simulated:
         # Of what the launch gives to each thread, the warpgroup that copies gives back all but 24.
-        given = 65536 // (128 * p.ring.warpgroups) // 8 * 8
+        given = 65536 // (128 * (workers + 1)) // 8 * 8
         plgpu.set_max_registers(min(240, given + (given - 24) // workers // 8 * 8), action="increase")
 
     def params(step: Any, u: int) -> tuple[Any, ...]:
@@ -250,8 +214,10 @@ def _multiply(r: Refs, p: Plan, worker: Any, tile: Any, first: Any, count: Any) 
         scale = registers.scales(r.scale, tile, block, p.simulated)
         return (scale,) if r.zero is None else (scale, registers.offsets(r.zero, tile, block, r.x.dtype, p.simulated))
 
-    def product(i: Any, slot: Any, u: int, zero: Any) -> Any:
-        left = registers.left(r.codes_smem.at[slot], u, p.element, p.unit, zero, r.x.dtype, p.simulated)
+    def left_of(slot: Any, u: int, zero: Any) -> Any:
+        return registers.left(r.codes_smem.at[slot], u, p.element, p.unit, zero, r.x.dtype, p.simulated)
+
+    def product(slot: Any, u: int, left: Any) -> Any:
         if p.simulated:
             r.left_smem[worker] = left
             r.right_smem[worker] = r.x_smem[slot, :, pl.ds(u * p.unit, p.unit)].T
@@ -274,7 +240,11 @@ def _multiply(r: Refs, p: Plan, worker: Any, tile: Any, first: Any, count: Any) 
         for u in range(p.units):
             # Those of the next unit are under way while this one is multiplied.
             later = now if not p.group else params(i, u + 1) if u + 1 < p.units else params(i + workers, 0)
-            sums = product(i, slot, u, now[1] if r.zero is not None else None)
+            left = left_of(slot, u, now[1] if r.zero is not None else None)
+            if u == 0 and p.ring.inside:
+                registers.arrange(r.x_smem.at[slot], p.element, p.unit, p.simulated)
+                plgpu.commit_smem()
+            sums = product(slot, u, left)
             acc = acc + (sums * lax.broadcast_in_dim(now[0], sums.shape, (0,)) if p.group else sums)
             now = later
         plgpu.barrier_arrive(r.empty.at[slot])
@@ -289,7 +259,7 @@ def _multiply(r: Refs, p: Plan, worker: Any, tile: Any, first: Any, count: Any) 
 
 
 def _finish(r: Refs, p: Plan, worker: Any, tile: Any, part: Any, acc: Any) -> None:
-    """The first worker adds what the others leave, and writes it; a part of several leaves it in shared memory."""
+    """The first worker adds what the others leave, and writes it."""
 
     @pl.when(worker > 0)
     def _() -> None:
@@ -302,8 +272,5 @@ def _finish(r: Refs, p: Plan, worker: Any, tile: Any, part: Any, acc: Any) -> No
         if p.ring.workers > 1:
             plgpu.barrier_wait(r.done)
         for other in range(p.ring.workers - 1):
-            total = registers.take(total, r.sums_smem.at[other], None, p.simulated)
-        if p.ring.split_k == 1 or p.simulated:
-            registers.store(total, r.out, tile, part, p.simulated)
-        else:
-            registers.leave(total, r.sums_smem.at[0])
+            total = registers.take(total, r.sums_smem.at[other], p.simulated)
+        registers.store(total, r.out, tile, part, p.simulated)

@@ -116,7 +116,7 @@ def _left_of_arrays(codes: jax.Array, e: Element, offset: Any, dtype: Any) -> ja
 # --- the right operand ---
 
 
-def arrange(x: Any, e: Element, unit: int, simulated: bool = False) -> None:
+def arrange(x: Any, e: Element, unit: int, simulated: bool) -> None:
     """Activations `[rows, stage]` in shared memory, columns of every unit brought into `order`.
 
     Each thread moves eight of one row that lie in a thread's run of codes; those of a unit are in the same warp, which
@@ -232,7 +232,7 @@ def shape_of_sums(rows: int, simulated: bool) -> tuple[int, int]:
     return (HEIGHT, rows) if simulated else (rows // 2, 128)
 
 
-def leave(acc: Any, place: Any, simulated: bool = False) -> None:
+def leave(acc: Any, place: Any, simulated: bool) -> None:
     """Writes float32 sums `[64, rows]` into shared memory: every thread its own."""
     if simulated:
         place[...] = acc
@@ -247,20 +247,8 @@ def leave(acc: Any, place: Any, simulated: bool = False) -> None:
     run(acc, place)
 
 
-def meet() -> None:
-    """Waits for all threads of the cluster; what they wrote into shared memory can be read by each other then."""
-
-    @plgpu.inline_mgpu()
-    def run(ctx: Any) -> None:
-        text = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
-        void = ir.Type.parse("!llvm.void")
-        llvm.inline_asm(void, [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
-
-    run()
-
-
-def take(acc: Any, place: Any, block: int | None = None, simulated: bool = False) -> Any:
-    """The sums, and those that another warpgroup left; in that block of the cluster, or in this one."""
+def take(acc: Any, place: Any, simulated: bool) -> Any:
+    """The sums, and those that another warpgroup left."""
     if simulated:
         return acc + place[...]
 
@@ -272,7 +260,7 @@ def take(acc: Any, place: Any, block: int | None = None, simulated: bool = False
         out = acc.registers.copy()
         for j, register in enumerate(acc.registers.flat):
             for i in range(2):
-                more = arith.addf(_item(register, i), _left_in(ref, _own(2 * j + i), block))
+                more = arith.addf(_item(register, i), llvm.load(ir.F32Type.get(), _at(ref, _own(2 * j + i))))
                 register = vector.insert(more, register, dynamic_position=[], static_position=[i])
             out.flat[j] = register
         return mgpu.FragmentedArray(_registers=out, _layout=acc.layout, _is_signed=None)
@@ -280,25 +268,12 @@ def take(acc: Any, place: Any, block: int | None = None, simulated: bool = False
     return run(acc, place)
 
 
-def _left_in(ref: ir.Value, offset: ir.Value, block: int | None) -> Any:
-    """A float32 of this block's shared memory, or of another's in the cluster."""
-    here = _at(ref, offset)
-    if block is None:
-        return llvm.load(ir.F32Type.get(), here)
-    address = llvm.ptrtoint(_int(32), here)
-    there = f"mapa.shared::cluster.u32 there, $1, {block}; ld.shared::cluster.f32 $0, [there];"
-    text = f"{{ .reg .b32 there; {there} }}"
-    return llvm.inline_asm(
-        ir.F32Type.get(), [address], text, "=f,r,~{memory}", asm_dialect=0, has_side_effects=True
-    )
-
-
 def _own(j: int) -> ir.Value:
     """Where the sum number `j` of a thread lies: those of all threads side by side."""
     return _sum(_times(_thread(), 4), 512 * j)
 
 
-def store(acc: Any, out: Any, tile: Any, part: Any, simulated: bool = False) -> None:
+def store(acc: Any, out: Any, tile: Any, part: Any, simulated: bool) -> None:
     """Writes sums `[64, rows]` to `[parts, m, n]`, transposed; nothing beyond the last row or column."""
     if simulated:
         out[part, :, pl.ds(tile * HEIGHT, HEIGHT)] = lax.transpose(acc, (1, 0)).astype(out.dtype)
