@@ -11,12 +11,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-KERNELS = ("auto", "never", "require", "unproven")
+KERNELS = ("auto", "never", "require")
 
 # How the numbers of each kernel have been proven. Kernels that are missing here are never chosen.
 PROVEN = {
-    # Through Mosaic: registers on an H100, everything else in the simulator. `rings.preferred` keeps to what was seen.
-    "weights": "quantized_matmul, proven in Pallas' interpreter and on an H100",
+    "weights": "quantized_matmul, proven in Pallas' interpreters and on an H100",
     "codes": "low_precision_matmul, proven in Pallas' interpreter and on an H100",
     "attention": "decode_attention, proven in Pallas' interpreter and on an H100",
 }
@@ -68,8 +67,7 @@ def pick(kind: str, rows: int, kernels: str, why_not: Callable[[str], str | None
 
     Args:
       kind, rows: as for `order`.
-      kernels: "auto", what the table says; "never", XLA; "require", a kernel wherever one can; "unproven", what the
-        table says, kernels among it whose numbers have not been proven.
+      kernels: "auto", what the table says; "never", XLA; "require", a kernel wherever one can.
       why_not: why a kernel can't do the product.
     """
     if kernels == "never" or not rows:
@@ -78,7 +76,7 @@ def pick(kind: str, rows: int, kernels: str, why_not: Callable[[str], str | None
     for name in order(kind, rows, kernels == "require"):
         if name == "xla":
             break
-        reason = why_not(name) if name in PROVEN or kernels == "unproven" else "its numbers are not proven"
+        reason = why_not(name) if name in PROVEN else "its numbers are not proven"
         if reason is None:
             return name, ""
         reasons.append(reason)

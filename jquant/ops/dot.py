@@ -65,15 +65,14 @@ def dot(
     multiplied = jax.eval_shape(lambda: cast(jnp.zeros((), q.dtype))).dtype
     why_not = lambda name: gpu.why_not(x, q, batch, multiplied, dtype)
     chosen, reason = pick("float input", x.shape[-2], kernels, why_not)
-    unproven = kernels == "unproven"
-    text = words(chosen, reason, gpu.writes_out(x), chosen == "weights" and gpu.hopper(x, q, batch, unproven))
+    text = words(chosen, reason, gpu.writes_out(x), chosen == "weights" and gpu.hopper(x, q, batch))
     how = How(f"{BLOCKS}; {text}; elsewhere {DECODED}", PROVEN.get(chosen, ""), reason)
     if chosen == "xla":
         return choose(), how
 
     @jax.custom_jvp
     def kernel(x: jax.Array, q: QTensor) -> jax.Array:
-        return gpu.dot(x, q, batch=batch, out_dtype=dtype, unproven=unproven)
+        return gpu.dot(x, q, batch=batch, out_dtype=dtype)
 
     kernel.defjvp(lambda primals, tangents: (kernel(*primals), jax.jvp(decoded, primals, tangents)[1]))
     return choose(cuda=kernel), how

@@ -37,7 +37,6 @@ class _How(NamedTuple):
     group_size: int | None
     out_dtype: Any
     exact: bool
-    unproven: bool
     interpret: bool
 
 
@@ -70,14 +69,12 @@ def writes_out(x: jax.Array) -> bool:
     return x.shape[-2] > FEW and x.dtype.itemsize == 2
 
 
-def hopper(x: jax.Array, q: QTensor, batch: Sequence[int], unproven: bool = False) -> bool:
+def hopper(x: jax.Array, q: QTensor, batch: Sequence[int]) -> bool:
     """Whether a Hopper GPU runs a kernel of its own, through Mosaic, where others run Triton's; `why_not` has none."""
-    if batch or x.ndim != 2:
-        return unproven
     w, _ = jax.eval_shape(lambda q: arrays(q, batch), q)
-    rows = lambda a: a and jax.ShapeDtypeStruct((math.prod(a.shape[:-1]), a.shape[-1]), a.dtype)
+    rows = lambda a: jax.ShapeDtypeStruct((math.prod(a.shape[len(batch) : -1]), a.shape[-1]), a.dtype)
     planes, scale, zero = jax.tree.map(rows, w)
-    return rings.preferred("h100", q.format.element, q.format.group_size, x, planes, scale, zero, unproven)
+    return rings.preferred("h100", q.format.element, q.format.group_size, x, planes, scale, zero)
 
 
 def why_not_exact(x: jax.Array, q: QTensor, batch: Sequence[int], out_dtype: Any) -> str | None:
@@ -103,7 +100,6 @@ def dot(
     batch: Sequence[int] = (),
     out_dtype: Any = None,
     exact: bool = False,
-    unproven: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """`ops.dot` by the kernel, the codes of `q` alone: `[*batch axes, tokens, *other kept axes]`.
@@ -115,13 +111,12 @@ def dot(
       x, q, batch: as for `ops.dot`.
       out_dtype: of the result; that of `x` by default.
       exact: the weight is not rounded, however many rows a `vmap` makes of those of `x`: see `why_not_exact`.
-      unproven: also by kernels whose numbers have not been proven.
       interpret: run the kernel on any machine, slowly.
     """
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     weight, after = arrays(q, batch)
     dtype = out_dtype if after is None else jnp.dtype(jnp.float32)
-    how = _How(q.format.element, q.format.group_size, dtype, exact, unproven, interpret)
+    how = _How(q.format.element, q.format.group_size, dtype, exact, interpret)
     out = parted.product((x,), weight, parted.Static(_kernel, how, len(batch), q.format.group_size))
     if after is None:
         return out

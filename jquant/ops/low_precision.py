@@ -79,7 +79,7 @@ def _codes_dot(
     run = lambda how: scaled(lambda *args: how(of_kind, *args, batch))
     chosen, reason = _chosen(kind, codes, q, batch, out_dtype, kernels)
     on_gpu: dict[str, Callable[..., jax.Array]] = {
-        "weights": scaled(lambda codes, zero, q: _packed(codes, zero, q, batch, unproven=kernels == "unproven")),
+        "weights": scaled(lambda codes, zero, q: _packed(codes, zero, q, batch)),
         "codes": lambda codes, params, q: gpu_codes.dot(codes, params, q, kind, batch=batch, out_dtype=out_dtype),
     }
     # Chosen when the program is lowered, for the platform it is lowered for.
@@ -260,12 +260,10 @@ def _fp8_total_cpu(a: Side, u: Side, size: Any, layout: _Layout) -> jax.Array:
     return layout.contract(a.codes.astype(jnp.bfloat16), u.codes.astype(jnp.bfloat16), jnp.float32)
 
 
-def _packed(
-    codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...], unproven: bool = False, interpret: bool = False
-) -> jax.Array:
+def _packed(codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...], interpret: bool = False) -> jax.Array:
     """The weight-only kernel on the input's codes, which are numbers of bfloat16."""
     a = _numbers(codes, zero, q).astype(jnp.bfloat16)
-    return gpu.dot(a, q, batch=batch, out_dtype=jnp.float32, exact=True, unproven=unproven, interpret=interpret)
+    return gpu.dot(a, q, batch=batch, out_dtype=jnp.float32, exact=True, interpret=interpret)
 
 
 def _decoded(codes: jax.Array, zero: Any, q: QTensor, batch: tuple[int, ...]) -> jax.Array:

@@ -197,8 +197,7 @@ def quantized(apply: Callable[..., Any], *, kernels: str = "auto") -> Callable[.
       kernels: what a program lowered for an NVIDIA GPU is made of. "auto": the kernels of `pallas_kernels` where they
         can do a product and are expected to be faster than XLA; `explain` says where. "never": XLA alone. "require":
         kernels wherever they can do a product, and an error, whatever the platform, where a quantized parameter is read
-        in any other way (looked-up rows apart). "unproven": "auto", kernels among them whose numbers no GPU has shown
-        to be right yet.
+        in any other way (looked-up rows apart).
 
     Returns:
       A function of the same signature.

@@ -30,19 +30,18 @@ from pallas_kernels.quantized_matmul import upcast
 from pallas_kernels.quantized_matmul.rings import HEIGHT, Plan, Ring, group_of, planned, why_not
 
 
-def padded(x: jax.Array, p: Plan) -> jax.Array:
-    """`[M, K]` -> `[rows, steps of whole stages]`, zeros behind; less rows where copies fill up with zeros."""
-    filled = p.ring.inside and not p.simulated and (p.m < 8 or p.m == p.rows)
-    return jnp.pad(x, [(0, 0 if filled else p.rows - p.m), (0, p.steps * p.stage - x.shape[1])])
+def padded(x: jax.Array, p: Plan, rows: int) -> jax.Array:
+    """`[M, K]` -> `[rows, steps of whole stages]`, zeros behind."""
+    return jnp.pad(x, [(0, rows - p.m), (0, p.steps * p.stage - x.shape[1])])
 
 
 def arranged(x: jax.Array, p: Plan) -> jax.Array:
-    """`padded`, in the order in which codes come into registers.
+    """`padded` to `p.rows`, in the order in which codes come into registers.
 
     Of a unit every thread q of four holds a run of codes, and each register two of them, which are columns 2 q and
     2 q + 1 of the next eight: see `mosaic_registers.pairs`.
     """
-    e, x = p.element, padded(x, p)
+    e, x = p.element, padded(x, p, p.rows)
     words = p.unit_bytes // 16
     if e.kind == "table":  # of a thread q: words, halves, pairs of lanes, two
         return x.reshape(p.rows, -1, 4, words, 2, 2, 2).transpose(0, 1, 3, 5, 4, 2, 6).reshape(x.shape)
@@ -87,7 +86,9 @@ def quantized_matmul(
     params = [jnp.broadcast_to(a, every) for a in (scale, zero_point) if a is not None]
 
     def one(x: jax.Array, codes: jax.Array, params: list[jax.Array]) -> jax.Array:
-        return _call(padded(x, p) if p.ring.inside else arranged(x, p), codes, params, p, dtype)
+        # The copies of less than eight rows fill up with zeros; the simulator's do not.
+        rows = m if m < 8 and not interpret else p.rows
+        return _call(padded(x, p, rows) if p.ring.inside else arranged(x, p), codes, params, p, dtype)
 
     with compat.lowering_for(gpu(device).kind), compat.simulated(interpret):
         out = (jax.vmap(one) if x.ndim == 3 else one)(x, planes[0], params)

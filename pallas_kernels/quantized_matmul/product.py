@@ -27,7 +27,6 @@ class Options(NamedTuple):
     device: str | None
     tiling: Tiling | Ring | None
     exact: bool
-    unproven: bool
     packed: bool
     interpret: bool
 
@@ -53,7 +52,6 @@ def quantized_matmul(
     device: str | None = None,
     tiling: Tiling | Ring | None = None,
     exact: bool = False,
-    unproven: bool = False,
     packed: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
@@ -75,14 +73,13 @@ def quantized_matmul(
       element: "int2" to "int8", "nf4", "fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1".
       group_size: elements of a row that share a scale (the last group may be shorter); None where the row does.
       out_dtype: of the result; that of `x` by default. Sums are float32.
-      implementation: "mosaic" (Hopper alone), "triton", "xla"; "auto" takes one of the first two: "mosaic" where it is
-        proven and was the faster one.
+      implementation: "mosaic" (Hopper alone), "triton", "xla"; "auto" takes one of the first two: "mosaic" where it
+        was the faster one.
       device: the GPU, one of `gpus.GPUS`; by default that which the program is lowered for, where it is known
         (`compat.lowering_on`), else "any".
       tiling: to choose it oneself: a `Tiling` for Triton, a `Ring` for Mosaic.
       exact: never write the weight out, which rounds it: codes of activations times codes of weights keep their sums,
         also where `vmap` makes few rows many.
-      unproven: "auto" takes "mosaic" for whatever it can do.
       packed: upcast elements two and four at a time by inline PTX (`packed`), where there is one for them. No
         interpreter runs it: there, and with False, one at a time.
       interpret: run the kernel in Pallas' interpreter: on any machine, slowly.
@@ -100,7 +97,7 @@ def quantized_matmul(
     dtype = jnp.dtype(out_dtype or x.dtype)
     if tiling is not None and implementation == "auto":
         implementation = "mosaic" if isinstance(tiling, Ring) else "triton"
-    options = Options(element, group_size, dtype, implementation, device, tiling, exact, unproven, packed, interpret)
+    options = Options(element, group_size, dtype, implementation, device, tiling, exact, packed, interpret)
     return _product(options, x, Arrays(planes, scale, zero_point))
 
 
@@ -173,7 +170,7 @@ def _implementation(options: Options, x: jax.Array, planes: Any, scale: Any, zer
     place: dict[str, Any] = dict(device=device, interpret=options.interpret)
     tiling: Any = options.tiling
     if name == "auto" and not options.interpret:
-        how = (options.element, options.group_size, x, planes, scale, zero_point, options.unproven)
+        how = (options.element, options.group_size, x, planes, scale, zero_point)
         name = "mosaic" if rings.preferred(device, *how) else "triton"
     if name == "xla":
         return xla.quantized_matmul

@@ -93,7 +93,7 @@ def planned(
     p = p._replace(ring=ring, steps=steps(ring))
     if ring.slots % ring.workers:
         raise ValueError(f"quantized_matmul: {ring} must have a multiple of {ring.workers} slots, a set for each")
-    if ring.inside and (p.unit < 64 or p.element.bits < 4):
+    if ring.inside and not can_arrange(p):
         raise ValueError(f"quantized_matmul: {ring} is for units of 64 codes of 4 bits or more, not {p.unit} {name}")
     if ring.stage_bytes % p.unit_bytes:
         raise ValueError(f"quantized_matmul: a stage of {ring} must be a multiple of {p.unit_bytes} bytes of a row")
@@ -112,8 +112,9 @@ def choose(p: Plan, batch: int, g: Gpu) -> Ring:
     that shared memory holds. As many parts as give every core a block.
     """
     found = tuned.nearest(named(g.kind) or "", "quantized_matmul through mosaic", sizes(p))
-    measured = [Ring(*found["tiling"])] if found else []
-    most = [Ring(size, slots, 4) for size, slots in ((128, 8), (64, 8), (64, 4), (32, 4))]
+    inside = p.element.bits == 8 and p.m <= 16 and can_arrange(p)  # where it was faster
+    measured = [Ring(*found["tiling"])._replace(inside=inside)] if found else []
+    most = [Ring(size, slots, 4, 1, inside) for size, slots in ((128, 8), (64, 8), (64, 4), (32, 4))]
 
     def fits(ring: Ring) -> bool:
         whole = ring.stage_bytes % p.unit_bytes == 0
@@ -125,6 +126,11 @@ def choose(p: Plan, batch: int, g: Gpu) -> Ring:
     # No part may be empty.
     wanted = max(1, min(g.cores // blocks, steps // ring.workers, 8))
     return ring._replace(split_k=math.ceil(steps / math.ceil(steps / wanted)))
+
+
+def can_arrange(p: Plan) -> bool:
+    """Whether the kernel can bring the activations into order: eight of a row lie in one thread's run of codes."""
+    return p.unit >= 64 and p.element.bits >= 4
 
 
 def sizes(p: Plan) -> dict[str, int | str]:
@@ -173,23 +179,15 @@ def why_not(
     return None
 
 
-def preferred(
-    device: str, name: str, group_size: int | None, x: Any, planes: Any, scale: Any, zero: Any, unproven: bool
-) -> bool:
+def preferred(device: str, name: str, group_size: int | None, x: Any, planes: Any, scale: Any, zero: Any) -> bool:
     """Whether this kernel is the one to take on a device, rather than Triton's.
 
-    What ran on an H100 (benchmarks/results/kernels-h100.md) was in bfloat16, without zero points, in whole stages and
-    one part; there it was the faster one with codes of 4 bits, and no faster with those of 8. What is beyond that has
-    been seen right in the simulator alone, and is taken if `unproven`.
+    On an H100 it was the faster one with codes of 4 bits, and with up to 16 rows of those of 8; codes of 2 bits were
+    not timed (benchmarks/results/kernels-h100.md).
     """
     if gpu(device).arch != 90:
         return False
-    m, k, n = x.shape[-2], x.shape[-1], planes[0].shape[-2]
+    m, k, n, bits = x.shape[-2], x.shape[-1], planes[0].shape[-2], element(name).bits
     if why_not(name, group_size, m, n, k, x.dtype, scale.dtype, None if zero is None else zero.dtype):
         return False
-    if unproven:
-        return True
-    e, g = element(name), gpu(device)
-    p = planned(name, group_of(group_size, k), m, n, k, None, x.shape[0] if x.ndim == 3 else 1, g)
-    whole = k % p.stage == 0 and p.ring.split_k == 1
-    return x.ndim == 2 and whole and x.dtype == jnp.bfloat16 and zero is None and e.bits == 4 and e.kind != "float"
+    return bits == 4 or (bits == 8 and m <= 16)

@@ -35,7 +35,7 @@ def compiled(
     asymmetric=False,
     packed=True,
     kernel="quantized_matmul",
-    unproven=False,
+    implementation="auto",
 ):
     blocks = 1 if group is None else -(-k // group)
     shape = jax.ShapeDtypeStruct
@@ -45,7 +45,7 @@ def compiled(
     def product(x, planes, scale, *zero):
         return quantized_matmul(
             x, planes, scale, *zero, element=name, group_size=group, device=device, tiling=tiling, packed=packed,
-            unproven=unproven,
+            implementation=implementation,
         )  # fmt: skip
 
     program = harness.compile_for(device, product, shape((m, k), dtype), planes, shape((n, blocks), scale_dtype), *zero)
@@ -108,7 +108,7 @@ def test_the_packed_upcast_compiles(device, asymmetric):
 def test_through_mosaic_every_byte_of_the_weight_comes_by_tma_once(name, group, asymmetric):
     """The copies of a turn of the loop are those of one stage, and there are as many turns as stages."""
     m, n, k = 16, 8192, 4096
-    how = dict(asymmetric=asymmetric, kernel="mosaic", unproven=True)
+    how = dict(asymmetric=asymmetric, kernel="mosaic", implementation="mosaic")
     program, kernel = compiled("h100", name, group, m, n, k, None, **how)
     check(program, kernel, "h100", n, k)
     p = rings.planned(name, group, m, n, k, None, 1, gpu("h100"))
@@ -127,7 +127,8 @@ def test_through_mosaic_every_byte_of_the_weight_comes_by_tma_once(name, group, 
     [("int8", None, 1, jnp.float16), ("int2", 128, 64, jnp.bfloat16), ("fp8_e4m3", 64, 40, jnp.bfloat16)],
 )
 def test_every_element_compiles_through_mosaic(name, group, m, dtype):
-    program, kernel = compiled("h100", name, group, m, 512, 1024, None, dtype=dtype, kernel="mosaic", unproven=True)
+    how = dict(dtype=dtype, kernel="mosaic", implementation="mosaic")
+    program, kernel = compiled("h100", name, group, m, 512, 1024, None, **how)
     check(program, kernel, "h100", 512, 1024)
 
 

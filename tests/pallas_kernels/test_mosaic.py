@@ -166,20 +166,20 @@ def test_a_ring_whose_slots_its_workers_do_not_share_evenly_is_refused():
         simulated(case, Ring(96, 2, 2))
 
 
-def test_on_a_hopper_gpu_it_is_taken_where_a_gpu_has_shown_it_right_and_fast():
+def test_on_a_hopper_gpu_it_is_taken_where_it_was_faster():
     shape = jax.ShapeDtypeStruct
 
-    def taken(device="h100", name="int4", group=128, m=16, n=8192, k=8192, zero=None, unproven=False, lead=()):
+    def taken(device="h100", name="int4", group=128, m=16, n=8192, k=8192, zero=None, lead=()):
         bits, blocks = element(name).bits, k // group
         codes, scale = shape((*lead, n, k * bits // 8), jnp.uint8), shape((*lead, n, blocks), jnp.bfloat16)
         x = shape((*lead, m, k), jnp.bfloat16)
-        return rings.preferred(device, name, group, x, (codes,), scale, zero and shape((n, blocks), zero), unproven)
+        return rings.preferred(device, name, group, x, (codes,), scale, zero and shape((n, blocks), zero))
 
-    assert taken() and taken("h200") and taken(m=64) and taken(name="nf4", group=64)
-    assert not taken("a100") and not taken("b200") and not taken("any")
-    assert not taken(name="int8") and not taken(m=65)
-    for more in (dict(n=1024), dict(k=8320), dict(zero=jnp.uint8), dict(lead=(2,)), dict(name="int2")):
-        assert not taken(**more) and taken(**more, unproven=True)
+    assert taken() and taken("h200") and taken(m=64) and taken(name="nf4", group=64) and taken(lead=(2,))
+    assert taken(n=1024, k=4096) and taken(zero=jnp.uint8) and taken(name="int8") and taken(name="fp8_e4m3", m=1)
+    for device in ("a100", "l4", "b200", "any"):
+        assert not taken(device)
+    assert not taken(m=65) and not taken(name="int8", m=17) and not taken(name="int2") and not taken(group=32)
 
 
 def test_the_program_is_triton_where_the_gpu_is_not_known():
