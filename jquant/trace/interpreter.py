@@ -8,7 +8,8 @@ The walk is the same for all readers. An equation without a Ref runs as it is. W
     anything else                                            `reader.read`: an array is made, the equation runs on it
 
 Readers may emit values at a use (calibration statistics). They leave sub-jaxprs as extra outputs: stacked by a scan
-over the leaf, summed in the carry of other loops.
+over the leaf, summed in the carry of other loops. So may a `Watch`, which is shown every equation that ran; for it
+sub-jaxprs without a Ref are entered too.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,23 +43,31 @@ class Reader(Protocol):
         ...
 
 
+class Watch(Protocol):
+    """Sees what runs: `(equation, operands, outputs, frame)`, operands and outputs arrays, Refs or numbers."""
+
+    def __call__(self, eqn: compat.JaxprEqn, args: list[Any], outs: list[Any], frame: "Frame") -> None: ...
+
+
 class Frame:
     """One level of control flow: a loop's body, a branch, or the top.
 
     Attributes:
       scope: the identities of the equations around it; with an equation's own, a name that retracing does not change.
+      watch: what sees every equation, or None.
+      stacked: the scans over stacked parameters around it (identities of their equations, outermost first).
       emitted: what readers emitted here, by key.
       known: results of rearrangements by their operands, so that equal arrays are one object.
     """
 
-    def __init__(self, scope: tuple[Any, ...] = ()):
-        self.scope = scope
+    def __init__(self, scope: tuple[Any, ...] = (), watch: Watch | None = None, stacked: tuple[int, ...] = ()):
+        self.scope, self.watch, self.stacked = scope, watch, stacked
         self.emitted: Emissions = {}
         self.known: dict[Any, tuple[Any, Any]] = {}
         self.keep_alive: list[Any] = []
 
     def inner(self, eqn: Any, *more: Any) -> "Frame":
-        return Frame((*self.scope, id(eqn), *more))
+        return Frame((*self.scope, id(eqn), *more), self.watch, self.stacked)
 
 
 class Key(NamedTuple):
@@ -83,7 +92,10 @@ def run(jaxpr: compat.Closed, args: Sequence[Any], reader: Reader, frame: Frame)
         return v.val if compat.is_literal(v) else env[v]
 
     for eqn in jaxpr.eqns:
-        outs = step(eqn, [value(v) for v in eqn.invars], reader, frame)
+        operands = [value(v) for v in eqn.invars]
+        outs = step(eqn, operands, reader, frame)
+        if frame.watch is not None:
+            frame.watch(eqn, operands, outs, frame)
         env.update((v, o) for v, o in zip(eqn.outvars, outs, strict=True) if not compat.is_dropped(v))
     return [value(v) for v in jaxpr.outvars]
 
@@ -91,7 +103,7 @@ def run(jaxpr: compat.Closed, args: Sequence[Any], reader: Reader, frame: Frame)
 def step(eqn: compat.JaxprEqn, args: list[Any], reader: Reader, frame: Frame) -> list[Any]:
     """One equation."""
     name = eqn.primitive.name
-    if not any(map(is_ref, args)):
+    if not any(map(is_ref, args)) and (frame.watch is None or name not in ENTER):
         return _plain(eqn, args, reader, frame)
     if name in REARRANGE and is_ref(args[0]) and not any(map(is_ref, args[1:])):
         refs = REARRANGE[name](args[0], eqn, args[1:])
@@ -248,6 +260,8 @@ def _enter_scan(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list
 
     def body(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any], Emissions, Emissions]:
         inner = frame.inner(eqn)
+        if any(o is not None for o in outer):
+            inner.stacked = (*frame.stacked, id(eqn))
         # A stacked Ref comes out of the scan with the dims of the stack; from_stack gives it those of one slice.
         rows = [view.from_stack(s, o, id(eqn)) if o is not None else s for s, o in zip(sliced, outer, strict=True)]
         outs = _arrays(run(parts.body, [*consts, *carry, *rows], reader, inner), eqn, reader, inner)
