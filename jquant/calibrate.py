@@ -49,15 +49,18 @@ def calibrate(
         stats = jq.calibrate(apply, params, batches, paths=[], attention=True)          # keys and values only
         cache = kv_cache.init(..., fmt, **kv_cache.static_scales(stats["attention[0]"], fmt))
 
-    An attention is found in the jaxpr (`trace.attention`): a product of two arrays, neither a parameter; its exp, summed
-    along dimensions that one operand alone has, the keys; and the product of that with the values along the same. Keys
-    are taken as they enter that product, so behind RoPE and norms; all positions of these arrays count, those too that
-    a mask hides from every query (padding: leave it out of the batches). Of keys that are copied for several query
-    heads, or read in parts along the tokens, the array that was copied or cut is taken, once. Its heads are the axes
-    that the weights of a projection made and both products only walk along. Inside a scan over stacked parameters the
-    layers are stacked in the statistics; other loops add up. Not found: attention whose product, softmax and second
-    product lie in different iterations of a loop, in a `shard_map` or in a kernel of its own (Pallas, cuDNN), and
-    a softmax of the sum of two such products.
+    An attention is found in the jaxpr (`trace.attention`): a product of two arrays, neither a parameter; its exp,
+    summed along dimensions that one operand alone has, the keys; the product of that with the values along the same.
+
+    - Keys are taken as they enter that product, so behind RoPE and norms. All positions of these arrays count, those
+      too that a mask hides from every query: leave padding out of the batches.
+    - Of keys that are copied for several query heads, or read in parts along the tokens, the array that was copied or
+      cut is taken, once.
+    - Heads are the axes that the weights of a projection made and that both products only walk along.
+    - Inside a scan over stacked parameters the layers are stacked in the statistics. Other loops add up.
+    - Not found are: attention in a `shard_map` or a kernel of its own (Pallas, cuDNN); product, softmax and second
+      product in different levels of control flow; weights made of several products (a sum inside the softmax, a
+      difference of two softmaxes); queries or keys that are parameters themselves.
 
     Args:
       apply: `apply(params, *args)`, pure.
@@ -119,9 +122,9 @@ def _attentions(found: dict[Any, Found], reader: ObserveReader) -> dict[str, int
     groups = [reader.groups[name] for name, one in found.items() if one.is_softmax and name in reader.groups]
     if not groups:
         raise JQuantError(
-            "calibrate: attention=... finds no attention in this function: no product of two arrays (neither a "
-            "parameter) goes through exp and a sum along an axis of one of them, a softmax, into a second product along "
-            "that axis; read a text into a float cache instead, for kv_cache.static_scales"
+            "calibrate: attention=... finds no attention in this function: no product of two arrays, neither a "
+            "parameter, goes through exp and a sum along an axis of one of them, a softmax, into a second product "
+            "along that axis, all in one level of control flow; kv_cache.static_scales also reads a float cache"
         )
     return {f"attention[{i}]": group for i, group in enumerate(groups)}
 

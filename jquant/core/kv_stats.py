@@ -1,4 +1,4 @@
-"""`KVStats`: what calibration saw of the keys and values of an attention. A pytree; adding two is merging two batches."""
+"""`KVStats`: what calibration saw of an attention's keys and values. A pytree; adding two is merging two batches."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,8 @@ class KVStats:
     Attributes:
       key_min, key_max: `[*layers, kv_heads, head_dim]`. One head where it can't be told which axis holds the heads.
       value_min, value_max: likewise.
-      tokens: `[*layers]`, the number of tokens; 0 where the attention never ran, and the rest means nothing.
+      tokens: `[*layers]`, the number of tokens, of all sequences and, in a loop, of all iterations. 0 where the
+        attention never ran; then the rest means nothing.
       format: the `kv_cache.CacheFormat` that was given: what these are the numbers of has no sinks and is turned as it
         turns them. None: all tokens, as they are.
     """

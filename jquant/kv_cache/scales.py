@@ -98,13 +98,13 @@ def _check_seen(stats: KVStats, fmt: CacheFormat, changed: bool) -> None:
     what = lambda f: (f.sinks, *(getattr(f, n).rotations for n in static), f.seed * any(turns.values()))
     if static and what(stats.format or parse("float32")) != what(fmt):
         raise CacheError(
-            f"static_scales: the statistics are those of {stats.format or 'all keys and values as they are'}, but {fmt} "
-            f"encodes others; calibrate(..., attention={str(fmt)!r})"
+            f"static_scales: the statistics are those of {stats.format or 'all keys and values, as they are'}, but "
+            f"{fmt} encodes others; calibrate(..., attention={str(fmt)!r})"
         )
     if changed and turns.get("keys"):
         raise CacheError(
-            f"static_scales: {fmt} turns keys, whose center and gain are from before they are turned; read the text into "
-            "a float cache, and give that"
+            f"static_scales: {fmt} turns keys, and their center and gain come before that; read the text into a float "
+            "cache, and give that instead"
         )
 
 
@@ -137,10 +137,10 @@ def observed(k: jax.Array, v: jax.Array, fmt: CacheFormat | None) -> tuple[KVSta
             "batches"
         )
     ends, bad = [], []
-    for x, coding in ((k, fmt and fmt.keys), (v, fmt and fmt.values)):
+    for x, name in ((k, "keys"), (v, "values")):
         x = x[:, :, sinks:].astype(jnp.float32)
         bad.append(jnp.sum(jnp.any(~jnp.isfinite(x), axis=(0, 1, 2)), dtype=jnp.int32))
-        x = x if fmt is None or coding is None else rotate(x, coding.rotations, fmt.seed)
+        x = x if fmt is None else rotate(x, getattr(fmt, name).rotations, fmt.seed)
         ends += [jnp.min(x, axis=(0, 2)), jnp.max(x, axis=(0, 2))]
     count = jnp.asarray(k.shape[0] * (k.shape[2] - sinks), jnp.float32)
-    return KVStats(*ends, count, fmt), jnp.stack(bad)
+    return KVStats(ends[0], ends[1], ends[2], ends[3], count, fmt), jnp.stack(bad)

@@ -29,10 +29,10 @@ Flags = tuple[bool | None, ...]
 
 _EXP = frozenset(("exp", "exp2"))
 # What keys and values are followed back through, to the array that a cache would hold.
-_LOOK_THROUGH = frozenset(
-    "reshape transpose broadcast_in_dim squeeze convert_element_type slice dynamic_slice copy copy_p "
-    "sharding_constraint stop_gradient name".split()
-)  # fmt: skip
+_LOOK_THROUGH = frozenset((
+    "reshape", "transpose", "broadcast_in_dim", "squeeze", "convert_element_type", "slice", "dynamic_slice", "gather",
+    "copy", "copy_p", "sharding_constraint", "stop_gradient", "name",
+))  # fmt: skip
 
 
 class Product(NamedTuple):
@@ -66,13 +66,13 @@ class Known(NamedTuple):
       value: the array itself, so that its identity stays its own.
       made: for each dimension whether a weight made it; None: in part.
       scores: what it has of a product, or None.
-      by: what made it: the equation, its first operand, and where that one's dimensions went.
+      by: what made it, or None: the equation, its first operand, and where that one's dimensions went.
     """
 
     value: Any
     made: Flags
     scores: Scores | None
-    by: tuple[Any, Any, Sources | None]
+    by: tuple[Any, Any, Sources | None] | None
 
 
 class Found(NamedTuple):
@@ -112,7 +112,7 @@ class AttentionWatch:
         self.observe, self.found = observe, found
         self.known: dict[int, Known] = {}
 
-    def __call__(self, eqn: Any, args: list[Any], outs: list[Any], frame: interpreter.Frame) -> None:
+    def ran(self, eqn: Any, args: list[Any], outs: list[Any], frame: interpreter.Frame) -> None:
         if eqn.primitive.name in interpreter.ENTER:
             return  # its equations were seen one by one
         shapes = [np.shape(a) for a in args]
@@ -121,10 +121,16 @@ class AttentionWatch:
                 continue
             where = sources(eqn, shapes, out.shape)
             made = self._made(eqn, args, where, out.ndim)
-            by = (eqn, args[0], where[0]) if args else (eqn, None, None)
+            by = (eqn, args[0], where[0]) if args else None
             self.known[id(out)] = Known(out, made, self._scores(eqn, args, where, out), by)
         if eqn.primitive.name == "dot_general" and not any(map(is_ref, args)):
             self._attention(eqn, args, frame)
+
+    def entered(self, outside: Sequence[Any], inside: Sequence[Any]) -> None:
+        for a, b in zip(outside, inside, strict=True):
+            known = self.of(a)
+            if known is not None and not is_ref(b):
+                self.known[id(b)] = Known(b, known.made[len(known.made) - b.ndim :], None, None)
 
     def of(self, a: Any) -> Known | None:
         """What is known of an array, or None."""
@@ -138,20 +144,21 @@ class AttentionWatch:
             feature = _FEATURES[eqn.primitive.name](eqn) % ndim
             return tuple(d == feature for d in range(ndim))
         flags: list[list[bool | None]] = [[] for _ in range(ndim)]
-        for a, source in zip(args, where, strict=True):
-            mine = self._flags(eqn, a)
+        for i, (a, source) in enumerate(zip(args, where, strict=True)):
+            mine = self._flags(eqn, a, i)
             if mine is not None and source is not None:
                 for votes, dims in zip(flags, source, strict=True):
                     votes.append(_mixed([mine[d] for d in dims]))
         return tuple(None if None in votes else any(votes) for votes in flags)
 
-    def _flags(self, eqn: Any, a: Any) -> Flags | None:
+    def _flags(self, eqn: Any, a: Any, i: int) -> Flags | None:
         if not is_ref(a):
             known = self.of(a)
             return None if known is None else known.made
         name, ndim = eqn.primitive.name, len(a.shape)
         if name == "dot_general":
-            return (True,) * ndim
+            shared = eqn.params["dimension_numbers"][1][i]  # the other operand has them too, and says what they are
+            return tuple(d not in shared for d in range(ndim))
         if name == "gather":
             rows = eqn.params["dimension_numbers"].collapsed_slice_dims
             return tuple(d not in rows for d in range(ndim))
@@ -161,16 +168,18 @@ class AttentionWatch:
 
     def _scores(self, eqn: Any, args: list[Any], where: list[Sources | None], out: Any) -> Scores | None:
         name = eqn.primitive.name
-        if name == "dot_general":
-            product = None if any(map(is_ref, args)) else _product(eqn, args, where)
-            return None if product is None else Scores(product, tuple(range(out.ndim)), False)
         mine = [(k.scores, w) for a, w in zip(args, where, strict=True) if (k := self.of(a)) is not None and k.scores]
+        if name == "dot_general" and not any(map(is_ref, args)):
+            product = None if any(s.exp for s, _ in mine) else _product(eqn, args, where)
+            return None if product is None else Scores(product, tuple(range(out.ndim)), False)
         if not mine or any(s.product is not mine[0][0].product for s, _ in mine):
             return None
+        if name == "dot_general":
+            return _with_heads_mixed(eqn, args, mine[0][0], where)
         if len(np.shape(args[0])) != out.ndim and eqn.params.get("axes") is not None:
             if name == "reduce_sum" and mine[0][0].exp:
-                dims = [mine[0][0].dims[d] for d in eqn.params["axes"]]
-                mine[0][0].product.summed.add(frozenset(d for d in dims if d is not None))
+                gone = [mine[0][0].dims[d] for d in eqn.params["axes"]]
+                mine[0][0].product.summed.add(frozenset(d for d in gone if d is not None))
             return None
         dims = _first_of([_moved(s.dims, w, out.ndim) for s, w in mine])
         return Scores(mine[0][0].product, dims, name in _EXP or any(s.exp for s, _ in mine))
@@ -209,7 +218,7 @@ class AttentionWatch:
 
     def _origin(self, a: Any, roles: tuple[Role, ...]) -> tuple[Any, tuple[Role, ...]]:
         """The array of which `a` is a rearrangement, copies for several query heads or a part of the tokens."""
-        while (known := self.of(a)) is not None:
+        while (known := self.of(a)) is not None and known.by is not None:
             eqn, operand, where = known.by
             if eqn.primitive.name not in _LOOK_THROUGH or where is None or is_ref(operand):
                 break
@@ -264,6 +273,16 @@ def _product(eqn: Any, args: list[Any], where: list[Sources | None]) -> Product 
     return Product((args[0], args[1]), eqn.params["dimension_numbers"], sides, set())
 
 
+def _with_heads_mixed(eqn: Any, args: list[Any], scores: Scores, where: list[Sources | None]) -> Scores | None:
+    """Scores multiplied with a parameter along their heads ("talking heads", arXiv 2003.02436); None along others."""
+    side = int(is_ref(args[0]))
+    names = [scores.dims[d] for d in eqn.params["dimension_numbers"][0][side]]
+    if not names or any(n is None or scores.product.sides[n] is not None for n in names):
+        return None
+    moved = zip(where[side] or (), _moved(scores.dims, where[side], len(where[side] or ())), strict=True)
+    return scores._replace(dims=tuple(name if dims else names[0] for dims, name in moved))
+
+
 def _moved(dims: tuple[int | None, ...], where: Sources | None, ndim: int) -> tuple[int | None, ...]:
     """Names of dimensions after an operation; those that it splits or joins lose theirs."""
     if where is None:
@@ -310,6 +329,8 @@ def _roles_before(
         n > 1 and not w and r != "batch" for n, w, r in zip(after, where, roles, strict=True)
     ):
         return None
+    if name == "gather" and not _copies(eqn, before, where, roles):
+        return None
     if name in ("slice", "dynamic_slice"):
         cut = {r for a, b, r in zip(before, after, roles, strict=True) if a != b}
         if cut - {"token"} or any(s != 1 for s in eqn.params.get("strides") or ()):
@@ -321,6 +342,14 @@ def _roles_before(
     if any(len(f) > 1 for f in found):
         return None
     return tuple(next(iter(f), "batch") for f in found)  # what has no role is of size 1
+
+
+def _copies(eqn: Any, before: tuple[int, ...], where: Sources, roles: tuple[Role, ...]) -> bool:
+    """Whether a lookup only takes key heads, whole, for query heads."""
+    gone, sizes = eqn.params["dimension_numbers"].collapsed_slice_dims, eqn.params["slice_sizes"]
+    whole = all(n == size for d, (n, size) in enumerate(zip(before, sizes, strict=True)) if d not in gone)
+    heads = [r for w, r in zip(where, roles, strict=True) if w == tuple(gone)]
+    return whole and len(gone) == 1 and heads == ["batch"]
 
 
 def _widens(eqn: Any) -> bool:

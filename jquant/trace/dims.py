@@ -103,6 +103,7 @@ _RULES: dict[str, _Rule] = {
     "squeeze": _squeeze,
     "gather": _gather,
     "dot_general": _dot,
-    **dict.fromkeys(("slice", "dynamic_slice", "dynamic_update_slice", "pad", "split"), _first),
+    **dict.fromkeys(("slice", "dynamic_slice", "pad", "split"), _first),
     "concatenate": _all,
+    "dynamic_update_slice": lambda eqn, shapes, out: [same(out)] * 2,
 }

@@ -44,9 +44,15 @@ class Reader(Protocol):
 
 
 class Watch(Protocol):
-    """Sees what runs: `(equation, operands, outputs, frame)`, operands and outputs arrays, Refs or numbers."""
+    """Sees what runs."""
 
-    def __call__(self, eqn: compat.JaxprEqn, args: list[Any], outs: list[Any], frame: "Frame") -> None: ...
+    def ran(self, eqn: compat.JaxprEqn, args: list[Any], outs: list[Any], frame: "Frame") -> None:
+        """An equation; its operands and outputs are arrays, Refs or numbers."""
+        ...
+
+    def entered(self, outside: Sequence[Any], inside: Sequence[Any]) -> None:
+        """A loop or branch: what the values inside are outside, of which a scan takes slices."""
+        ...
 
 
 class Frame:
@@ -68,6 +74,10 @@ class Frame:
 
     def inner(self, eqn: Any, *more: Any) -> "Frame":
         return Frame((*self.scope, id(eqn), *more), self.watch, self.stacked)
+
+    def entered(self, outside: Sequence[Any], inside: Sequence[Any]) -> None:
+        if self.watch is not None:
+            self.watch.entered(outside, inside)
 
 
 class Key(NamedTuple):
@@ -95,7 +105,7 @@ def run(jaxpr: compat.Closed, args: Sequence[Any], reader: Reader, frame: Frame)
         operands = [value(v) for v in eqn.invars]
         outs = step(eqn, operands, reader, frame)
         if frame.watch is not None:
-            frame.watch(eqn, operands, outs, frame)
+            frame.watch.ran(eqn, operands, outs, frame)
         env.update((v, o) for v, o in zip(eqn.outvars, outs, strict=True) if not compat.is_dropped(v))
     return [value(v) for v in jaxpr.outvars]
 
@@ -257,6 +267,7 @@ def _enter_scan(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list
     if reader.unroll and any(map(is_ref, xs)):
         return _unrolled_scan(parts, consts, carry, xs, reader, frame, eqn)
     outer = [x if is_ref(x) else None for x in xs]
+    outside = [*carry, *xs]
 
     def body(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any], Emissions, Emissions]:
         inner = frame.inner(eqn)
@@ -264,6 +275,7 @@ def _enter_scan(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list
             inner.stacked = (*frame.stacked, id(eqn))
         # A stacked Ref comes out of the scan with the dims of the stack; from_stack gives it those of one slice.
         rows = [view.from_stack(s, o, id(eqn)) if o is not None else s for s, o in zip(sliced, outer, strict=True)]
+        inner.entered(outside, [*carry, *rows])
         outs = _arrays(run(parts.body, [*consts, *carry, *rows], reader, inner), eqn, reader, inner)
         stacked = {key for key in inner.emitted if key.stacked_by[-1:] == (id(eqn),)}
         sums = {key: v for key, v in inner.emitted.items() if key not in stacked}
@@ -336,9 +348,11 @@ def _enter_while(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> lis
     cond_consts, body_consts = args[:nc], args[nc : nc + nb]
     carry = _arrays(args[nc + nb :], eqn, reader, frame)
     cond, body = compat.closed(p["cond_jaxpr"]), compat.closed(p["body_jaxpr"])
+    outside = carry
 
     def call_body(carry: list[Any]) -> tuple[list[Any], Emissions]:
         inner = frame.inner(eqn)
+        inner.entered(outside, carry)
         return _arrays(run(body, [*body_consts, *carry], reader, inner), eqn, reader, inner), inner.emitted
 
     def test(state: tuple[list[Any], Emissions]) -> Any:
@@ -362,6 +376,7 @@ def _enter_cond(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list
 
     def call(i: int, operands: list[Any]) -> tuple[list[Any], Emissions]:
         inner = frame.inner(eqn, i)
+        inner.entered(args[1:], operands)
         return _arrays(run(branches[i], operands, reader, inner), eqn, reader, inner), inner.emitted
 
     shapes: Emissions = {}
