@@ -13,7 +13,7 @@ of a lookup). Of the dimensions that the products only walk along, those are the
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,13 @@ import numpy as np
 
 from jquant.trace import interpreter
 from jquant.trace.dims import Sources, sources
+from jquant.trace.origin import Role, roles_before
 from jquant.trace.rearrange import is_ref
 from jquant.trace.uses import find_use
 
-Role = Literal["batch", "token", "channel"]
 Flags = tuple[bool | None, ...]
 
 _EXP = frozenset(("exp", "exp2"))
-# What keys and values are followed back through, to the array that a cache would hold.
-_LOOK_THROUGH = frozenset((
-    "reshape", "transpose", "broadcast_in_dim", "squeeze", "convert_element_type", "slice", "dynamic_slice", "gather",
-    "copy", "copy_p", "sharding_constraint", "stop_gradient", "name",
-))  # fmt: skip
-
 
 class Product(NamedTuple):
     """A product of two arrays.
@@ -220,11 +214,9 @@ class AttentionWatch:
         """The array of which `a` is a rearrangement, copies for several query heads or a part of the tokens."""
         while (known := self.of(a)) is not None and known.by is not None:
             eqn, operand, where = known.by
-            if eqn.primitive.name not in _LOOK_THROUGH or where is None or is_ref(operand):
+            if where is None or is_ref(operand):
                 break
-            if not jnp.issubdtype(jnp.result_type(operand), jnp.floating):
-                break
-            before = _roles_before(eqn, np.shape(operand), a.shape, where, roles)
+            before = roles_before(eqn, np.shape(operand), a.shape, where, roles)
             if before is None:
                 break
             a, roles = operand, before
@@ -312,49 +304,6 @@ def _value_roles(numbers: Any, side: int, tokens: Sequence[int], ndim: int) -> t
     contract, batch = (n[side] for n in numbers)
     rest = lambda d: "batch" if d in (*contract, *batch) else "channel"
     return tuple("token" if d in tokens else rest(d) for d in range(ndim))  # type: ignore[misc]
-
-
-def _roles_before(
-    eqn: Any, before: tuple[int, ...], after: tuple[int, ...], where: Sources, roles: tuple[Role, ...]
-) -> tuple[Role, ...] | None:
-    """Roles of the dimensions before a rearrangement, or None where it can't be looked through.
-
-    That is where dimensions of several roles were one, where other than tokens were left out (of a joint projection of
-    queries, keys and values, say), and where numbers were rounded.
-    """
-    name = eqn.primitive.name
-    if name == "convert_element_type" and not _widens(eqn):
-        return None
-    if name == "broadcast_in_dim" and any(
-        n > 1 and not w and r != "batch" for n, w, r in zip(after, where, roles, strict=True)
-    ):
-        return None
-    if name == "gather" and not _copies(eqn, before, where, roles):
-        return None
-    if name in ("slice", "dynamic_slice"):
-        cut = {r for a, b, r in zip(before, after, roles, strict=True) if a != b}
-        if cut - {"token"} or any(s != 1 for s in eqn.params.get("strides") or ()):
-            return None
-    found: list[set[Role]] = [set() for _ in before]
-    for dims, role in zip(where, roles, strict=True):
-        for d in dims:
-            found[d].add(role)
-    if any(len(f) > 1 for f in found):
-        return None
-    return tuple(next(iter(f), "batch") for f in found)  # what has no role is of size 1
-
-
-def _copies(eqn: Any, before: tuple[int, ...], where: Sources, roles: tuple[Role, ...]) -> bool:
-    """Whether a lookup only takes key heads, whole, for query heads."""
-    gone, sizes = eqn.params["dimension_numbers"].collapsed_slice_dims, eqn.params["slice_sizes"]
-    whole = all(n == size for d, (n, size) in enumerate(zip(before, sizes, strict=True)) if d not in gone)
-    heads = [r for w, r in zip(where, roles, strict=True) if w == tuple(gone)]
-    return whole and len(gone) == 1 and heads == ["batch"]
-
-
-def _widens(eqn: Any) -> bool:
-    old, new = eqn.invars[0].aval.dtype, jnp.dtype(eqn.params["new_dtype"])
-    return bool(jnp.promote_types(old, new) == new)
 
 
 def watching(observe: Observe, found: dict[Any, Found]) -> interpreter.Frame:
