@@ -57,7 +57,8 @@ def calibrate(
     - Of keys that are copied for several query heads, or read in parts along the tokens, the array that was copied or
       cut is taken, once.
     - Heads are the axes that the weights of a projection made and that both products only walk along.
-    - Inside a scan over stacked parameters the layers are stacked in the statistics. Other loops add up.
+    - Inside a scan over stacked parameters the layers are stacked in the statistics. Other loops add up. One in each
+      branch of a `cond` are two; so are two heads that the function takes one after the other.
     - Not found are: attention in a `shard_map` or a kernel of its own (Pallas, cuDNN); product, softmax and second
       product in different levels of control flow; weights made of several products (a sum inside the softmax, a
       difference of two softmaxes); queries or keys that are parameters themselves.
@@ -130,8 +131,9 @@ def _attentions(found: dict[Any, Found], reader: ObserveReader) -> dict[str, int
 
 
 def _check_finite_attention(attentions: dict[str, int], totals: dict[int, Observed]) -> None:
-    for name, group in attentions.items():
-        for what, bad in zip(("keys", "values"), totals[group].nonfinite.reshape(-1, 2).sum(0).tolist(), strict=True):
+    counts = jax.device_get({name: totals[group].nonfinite for name, group in attentions.items()})
+    for name, count in counts.items():
+        for what, bad in zip(("keys", "values"), count.reshape(-1, 2).sum(0), strict=True):
             if bad:
                 raise NonFiniteError(
                     f"{name}: {bad} channels of its {what} hold NaN or infinity; look at the batch and at what comes "

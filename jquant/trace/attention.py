@@ -238,7 +238,7 @@ class AttentionWatch:
         known = self.of(a)
         made = (False,) * len(roles) if known is None else known.made
         # Where no weight made the channels either, what the dimensions are lies outside of what is seen.
-        told = any(made[d] for d, role in enumerate(roles) if role == "channel")
+        told = any(made[d] is not False for d, role in enumerate(roles) if role == "channel")
         if not told or any(made[d] is None for d in walked):
             return None
         return [d for d in walked if made[d]]

@@ -20,7 +20,14 @@ def sources(eqn: Any, shapes: Sequence[Shape], out: Shape) -> list[Sources | Non
     if axes is not None and shapes and len(shapes[0]) - len(axes) == len(out):  # reductions
         kept = tuple((d,) for d in range(len(shapes[0])) if d not in axes)
         return [kept if s == shapes[0] else None for s in shapes]
-    return [same(s) if s == out else None for s in shapes]
+    return [_stretched(s, out) for s in shapes]
+
+
+def _stretched(shape: Shape, out: Shape) -> Sources | None:
+    """Of an operand whose dimensions of size 1 meet larger ones of others."""
+    if len(shape) != len(out) or any(n not in (1, m) for n, m in zip(shape, out, strict=True)):
+        return None
+    return tuple((d,) if n == m else () for d, (n, m) in enumerate(zip(shape, out, strict=True)))
 
 
 def same(shape: Shape) -> Sources:
@@ -70,6 +77,16 @@ def _squeeze(eqn: Any, shapes: Sequence[Shape], out: Shape) -> list[Sources | No
     return [tuple((d,) for d in range(len(shapes[0])) if d not in gone)]
 
 
+def _stack(eqn: Any, shapes: Sequence[Shape], out: Shape) -> list[Sources | None]:
+    axis = eqn.params["axis"] % len(out)
+    return [tuple((d - (d > axis),) if d != axis else () for d in range(len(out))) for _ in shapes]
+
+
+def _unstack(eqn: Any, shapes: Sequence[Shape], out: Shape) -> list[Sources | None]:
+    axis = eqn.params["axis"] % len(shapes[0])
+    return [tuple((d,) for d in range(len(shapes[0])) if d != axis)]
+
+
 def _first(eqn: Any, shapes: Sequence[Shape], out: Shape) -> list[Sources | None]:
     return [same(out)]
 
@@ -103,7 +120,9 @@ _RULES: dict[str, _Rule] = {
     "squeeze": _squeeze,
     "gather": _gather,
     "dot_general": _dot,
-    **dict.fromkeys(("slice", "dynamic_slice", "pad", "split"), _first),
+    **dict.fromkeys(("slice", "dynamic_slice", "pad", "split", "tile"), _first),
+    "stack": _stack,
+    "unstack": _unstack,
     "concatenate": _all,
     "dynamic_update_slice": lambda eqn, shapes, out: [same(out)] * 2,
 }

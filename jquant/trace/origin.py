@@ -16,8 +16,10 @@ Role = Literal["batch", "token", "channel"]
 
 _LOOK_THROUGH = frozenset((
     "reshape", "transpose", "broadcast_in_dim", "squeeze", "convert_element_type", "slice", "dynamic_slice", "gather",
-    "copy", "copy_p", "sharding_constraint", "stop_gradient", "name",
+    "tile", "copy", "copy_p", "sharding_constraint", "stop_gradient", "name",
 ))  # fmt: skip
+# The dimensions that these may make shorter, or longer.
+_RESIZED: dict[str, Role] = {"slice": "token", "dynamic_slice": "token", "tile": "batch"}
 
 
 def roles_before(
@@ -39,9 +41,9 @@ def roles_before(
         return None
     if name == "gather" and not _copies(eqn, before, where, roles):
         return None
-    if name in ("slice", "dynamic_slice"):
-        cut = {r for a, b, r in zip(before, after, roles, strict=True) if a != b}
-        if cut - {"token"} or any(s != 1 for s in eqn.params.get("strides") or ()):
+    if name in _RESIZED:
+        resized = {r for a, b, r in zip(before, after, roles, strict=True) if a != b}
+        if resized - {_RESIZED[name]} or any(s != 1 for s in eqn.params.get("strides") or ()):
             return None
     found: list[set[Role]] = [set() for _ in before]
     for dims, role in zip(where, roles, strict=True):

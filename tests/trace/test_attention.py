@@ -53,6 +53,7 @@ def with_heads(copy):
 
 repeated = with_heads(lambda a: jnp.repeat(a, G, axis=2))
 broadcast = with_heads(lambda a: jnp.broadcast_to(a[:, :, :, None], (B, a.shape[1], K, G, D)).reshape(B, -1, H, D))
+tiled = with_heads(lambda a: jnp.tile(jnp.stack(jnp.unstack(a, axis=0)), (1, 1, G, 1)))
 looked_up = with_heads(lambda a: a[:, :, np.arange(H) // G])
 
 
@@ -111,6 +112,24 @@ def talking(p, x):
     return output(p, jnp.einsum("bhts,bshd->bthd", weights, v))
 
 
+def interleaved(p, x):
+    """RoPE of neighbouring channels, which puts them together again; the reference has it too."""
+    q, k, v = rotated(p, x)
+    return output(p, jax.nn.dot_product_attention(q, k, v))
+
+
+def rotated(p, x):
+    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * jnp.linspace(0.1, 1, D // 2)
+
+    def turn(a):
+        even, odd = a[..., ::2], a[..., 1::2]
+        pairs = even * jnp.cos(angle) - odd * jnp.sin(angle), even * jnp.sin(angle) + odd * jnp.cos(angle)
+        return jnp.stack(pairs, axis=-1).reshape(a.shape)
+
+    q, k, v = project(p, x)
+    return turn(q), turn(k), v
+
+
 def sink_logit(p, x):
     """A learned logit beside the scores (gpt-oss)."""
     q, k, v = project(p, x)
@@ -165,9 +184,10 @@ def branch(p, x):
 
 WAYS = {
     f.__name__: f
-    for f in (helper, batch_of_heads, fused, vmapped, custom, talking, sink_logit, query_by_query, query_blocks)
+    for f in (helper, batch_of_heads, fused, vmapped, custom, talking, interleaved, sink_logit)
 } | {
-    "repeated": repeated, "broadcast": broadcast, "looked_up": looked_up, "key_blocks": key_blocks, "branch": branch,
+    "repeated": repeated, "broadcast": broadcast, "tiled": tiled, "looked_up": looked_up,
+    "query_by_query": query_by_query, "query_blocks": query_blocks, "key_blocks": key_blocks, "branch": branch,
     "checkpoint": lambda p, x: jax.checkpoint(repeated)(p, x),
 }  # fmt: skip
 
@@ -197,7 +217,7 @@ def same(stats, want):
 @pytest.mark.parametrize("name", WAYS)
 def test_keys_and_values_are_found_however_attention_is_written(name):
     (stats,) = observe(WAYS[name], P, inputs())
-    _, k, v = jax.jit(project)(P, inputs())
+    _, k, v = jax.jit(rotated if name == "interleaved" else project)(P, inputs())
     same(stats, ends(k, v))
     assert stats.tokens % (B * T) == 0 and stats.tokens > 0
 
