@@ -53,7 +53,7 @@ def calibrate(
     summed along dimensions that one operand alone has, the keys; the product of that with the values along the same.
 
     - Keys are taken as they enter that product, so behind RoPE and norms. All positions of these arrays count, those
-      too that a mask hides from every query: leave padding out of the batches.
+      too that a mask hides from every query: leave padding, and caches with room left, out of the batches.
     - Of keys that are copied for several query heads, or read in parts along the tokens, the array that was copied or
       cut is taken, once.
     - Heads are the axes that the weights of a projection made and that both products only walk along.
