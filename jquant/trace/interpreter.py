@@ -13,6 +13,7 @@ sub-jaxprs without a Ref are entered too.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -387,11 +388,19 @@ def _enter_cond(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list
         outs, emitted = call(i, operands)
         return outs, {**emitted, **_zeros({k: v for k, v in shapes.items() if k not in emitted})}
 
-    outs, emitted = jax.lax.switch(
-        jnp.asarray(index, jnp.int32), [lambda ops, i=i: branch(i, ops) for i in range(len(branches))], args[1:]
-    )
+    outs, emitted = _chosen(eqn, index, [partial(branch, i) for i in range(len(branches))], args[1:])
     _emit_all(frame, emitted)
     return outs
+
+
+def _chosen(eqn: Any, index: Any, branches: list[Callable[[Any], Any]], operands: list[Any]) -> Any:
+    """One of the branches; that of a platform is lowered for no other, as in `jax.lax.platform_dependent`."""
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return jax.lax.switch(jnp.asarray(index, jnp.int32), branches, operands)
+    own = {name: branch for names, branch in zip(platforms, branches, strict=True) for name in names or ()}
+    default = next((branch for names, branch in zip(platforms, branches, strict=True) if names is None), None)
+    return jax.lax.platform_dependent(operands, default=default, **own)
 
 
 ENTER: dict[str, Callable[[Any, list[Any], Reader, Frame], list[Any]]] = {

@@ -182,12 +182,18 @@ def branch(p, x):
     return output(p, jax.lax.cond(x.sum() < jnp.inf, grouped, lambda q, k, v: q.reshape(B, -1, K, G, D), q, k, v))
 
 
+def by_platform(p, x):
+    other = lambda q, k, v: q.reshape(B, -1, K, G, D)
+    return output(p, jax.lax.platform_dependent(*project(p, x), cuda=other, default=grouped))
+
+
 WAYS = {
     f.__name__: f
     for f in (helper, batch_of_heads, fused, vmapped, custom, talking, interleaved, sink_logit)
 } | {
     "repeated": repeated, "broadcast": broadcast, "tiled": tiled, "looked_up": looked_up,
     "query_by_query": query_by_query, "query_blocks": query_blocks, "key_blocks": key_blocks, "branch": branch,
+    "by_platform": by_platform,
     "checkpoint": lambda p, x: jax.checkpoint(repeated)(p, x),
 }  # fmt: skip
 
