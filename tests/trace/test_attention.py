@@ -124,7 +124,7 @@ def rotated(p, x):
     def turn(a):
         even, odd = a[..., ::2], a[..., 1::2]
         pairs = even * jnp.cos(angle) - odd * jnp.sin(angle), even * jnp.sin(angle) + odd * jnp.cos(angle)
-        return jnp.stack(pairs, axis=-1).reshape(a.shape)
+        return jnp.stack(pairs, axis=-1).reshape(a.shape) / 2
 
     q, k, v = project(p, x)
     return turn(q), turn(k), v
@@ -363,6 +363,18 @@ def _expert_choice(p, x):
     k, v = (jnp.repeat(a, G, axis=2) for a in (k, v))
     x = x + output(p, jnp.einsum("bhts,bshd->bthd", jnp.einsum("bthd,bshd->bhts", q, k), v))
     return jnp.einsum("bte,btd->bed", jax.nn.softmax(x @ p["k"], axis=1), x)
+
+
+def test_the_result_of_attention_is_no_product_of_its_own():
+    """Behind it a softmax over tokens follows, and a product along them (expert choice)."""
+
+    def apply(p, x):
+        out = grouped(*project(p, x)).reshape(B, T, H * D)
+        return jnp.einsum("bte,btd->bed", jax.nn.softmax(out, axis=1), x)
+
+    (stats,) = observe(apply, P, inputs())
+    _, k, v = jax.jit(project)(P, inputs())
+    same(stats, ends(k, v))
 
 
 def _gaussian(p, x):
