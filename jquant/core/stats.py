@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jquant.core.histogram import Histogram, merge_histograms
+from jquant.core.kv_stats import KVStats
 
 
 class Stats(NamedTuple):
@@ -41,8 +42,13 @@ class Stats(NamedTuple):
         return self.abs_sum / jnp.maximum(self.tokens, 1.0)[..., None]
 
 
-def merge(a: Stats, b: Stats) -> Stats:
+_S = TypeVar("_S", Stats, KVStats)
+
+
+def merge(a: _S, b: _S) -> _S:
     """The stats of both sets of tokens together; what one of them does not have, the result does not."""
+    if isinstance(a, KVStats):
+        return a.merge(b)
     add = partial(jax.tree.map, jnp.add)
     return Stats(
         _both(add, a.gram, b.gram),

@@ -7,6 +7,7 @@
 """
 
 from jquant.core.errors import CacheError
+from jquant.core.kv_stats import KVStats
 from jquant.kv_cache.attention import attend, explain
 from jquant.kv_cache.cache import KVCache, append, evict, init, insert
 from jquant.kv_cache.format import CacheFormat, Coding, parse
@@ -17,6 +18,7 @@ __all__ = [
     "CacheFormat",
     "Coding",
     "KVCache",
+    "KVStats",
     "append",
     "attend",
     "evict",

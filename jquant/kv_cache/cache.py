@@ -153,10 +153,10 @@ def _twelve_bits(x: Any) -> jax.Array:
 
 
 def eased(k: jax.Array, center: jax.Array | None, gain: jax.Array | None) -> jax.Array:
-    """Keys `[B, K, L, D]` as they are encoded, float32: without the center, divided by the gain (both `[K, D]`)."""
+    """Keys `[.., K, L, D]` as they are encoded, float32: without the center, divided by the gain, both `[.., K, D]`."""
     k = k.astype(jnp.float32)
-    k = k if center is None else k - center[:, None]
-    return k if gain is None else _twelve_bits(k) * _twelve_bits(1 / gain[:, None])
+    k = k if center is None else k - center[..., None, :]
+    return k if gain is None else _twelve_bits(k) * _twelve_bits(1 / gain[..., None, :])
 
 
 def append(cache: KVCache, k: jax.Array, v: jax.Array, counts: jax.Array | None = None) -> KVCache:

@@ -108,8 +108,8 @@ def static_scales(
 
     One for a layer, key or value, and head, as `kv_cache.static_scales` finds them in the cache of any model: the
     largest magnitude that is encoded, sinks excepted, gets the largest number of the format. That is the range of a
-    static activation (`Activation(static=True)`), but it can't come from `calibrate`, which watches the inputs of
-    matmuls with parameters: keys and values are outputs.
+    static activation (`Activation(static=True)`), and what `calibrate(..., attention=format)` finds without a cache.
+    Here the text is read into one: so centers and gains may go with a rotation.
 
     Args:
       params: the parameters of a decoder, float or quantized.

@@ -8,10 +8,12 @@ The walk is the same for all readers. An equation without a Ref runs as it is. W
     anything else                                            `reader.read`: an array is made, the equation runs on it
 
 Readers may emit values at a use (calibration statistics). They leave sub-jaxprs as extra outputs: stacked by a scan
-over the leaf, summed in the carry of other loops.
+over the leaf, summed in the carry of other loops. So may a `Watch`, which is shown every equation that ran; for it
+sub-jaxprs without a Ref are entered too.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -42,23 +44,41 @@ class Reader(Protocol):
         ...
 
 
+class Watch(Protocol):
+    """Sees what runs."""
+
+    def ran(self, eqn: compat.JaxprEqn, args: list[Any], outs: list[Any], frame: "Frame") -> None:
+        """An equation; its operands and outputs are arrays, Refs or numbers."""
+        ...
+
+    def entered(self, outside: Sequence[Any], inside: Sequence[Any]) -> None:
+        """A loop or branch: what the values inside are outside, of which a scan takes slices."""
+        ...
+
+
 class Frame:
     """One level of control flow: a loop's body, a branch, or the top.
 
     Attributes:
       scope: the identities of the equations around it; with an equation's own, a name that retracing does not change.
+      watch: what sees every equation, or None.
+      stacked: the scans over stacked parameters around it (identities of their equations, outermost first).
       emitted: what readers emitted here, by key.
       known: results of rearrangements by their operands, so that equal arrays are one object.
     """
 
-    def __init__(self, scope: tuple[Any, ...] = ()):
-        self.scope = scope
+    def __init__(self, scope: tuple[Any, ...] = (), watch: Watch | None = None, stacked: tuple[int, ...] = ()):
+        self.scope, self.watch, self.stacked = scope, watch, stacked
         self.emitted: Emissions = {}
         self.known: dict[Any, tuple[Any, Any]] = {}
         self.keep_alive: list[Any] = []
 
     def inner(self, eqn: Any, *more: Any) -> "Frame":
-        return Frame((*self.scope, id(eqn), *more))
+        return Frame((*self.scope, id(eqn), *more), self.watch, self.stacked)
+
+    def entered(self, outside: Sequence[Any], inside: Sequence[Any]) -> None:
+        if self.watch is not None:
+            self.watch.entered(outside, inside)
 
 
 class Key(NamedTuple):
@@ -83,7 +103,10 @@ def run(jaxpr: compat.Closed, args: Sequence[Any], reader: Reader, frame: Frame)
         return v.val if compat.is_literal(v) else env[v]
 
     for eqn in jaxpr.eqns:
-        outs = step(eqn, [value(v) for v in eqn.invars], reader, frame)
+        operands = [value(v) for v in eqn.invars]
+        outs = step(eqn, operands, reader, frame)
+        if frame.watch is not None:
+            frame.watch.ran(eqn, operands, outs, frame)
         env.update((v, o) for v, o in zip(eqn.outvars, outs, strict=True) if not compat.is_dropped(v))
     return [value(v) for v in jaxpr.outvars]
 
@@ -91,7 +114,7 @@ def run(jaxpr: compat.Closed, args: Sequence[Any], reader: Reader, frame: Frame)
 def step(eqn: compat.JaxprEqn, args: list[Any], reader: Reader, frame: Frame) -> list[Any]:
     """One equation."""
     name = eqn.primitive.name
-    if not any(map(is_ref, args)):
+    if not any(map(is_ref, args)) and (frame.watch is None or name not in ENTER):
         return _plain(eqn, args, reader, frame)
     if name in REARRANGE and is_ref(args[0]) and not any(map(is_ref, args[1:])):
         refs = REARRANGE[name](args[0], eqn, args[1:])
@@ -245,11 +268,15 @@ def _enter_scan(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list
     if reader.unroll and any(map(is_ref, xs)):
         return _unrolled_scan(parts, consts, carry, xs, reader, frame, eqn)
     outer = [x if is_ref(x) else None for x in xs]
+    outside = [*carry, *xs]
 
     def body(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any], Emissions, Emissions]:
         inner = frame.inner(eqn)
+        if any(o is not None for o in outer):
+            inner.stacked = (*frame.stacked, id(eqn))
         # A stacked Ref comes out of the scan with the dims of the stack; from_stack gives it those of one slice.
         rows = [view.from_stack(s, o, id(eqn)) if o is not None else s for s, o in zip(sliced, outer, strict=True)]
+        inner.entered(outside, [*carry, *rows])
         outs = _arrays(run(parts.body, [*consts, *carry, *rows], reader, inner), eqn, reader, inner)
         stacked = {key for key in inner.emitted if key.stacked_by[-1:] == (id(eqn),)}
         sums = {key: v for key, v in inner.emitted.items() if key not in stacked}
@@ -322,9 +349,11 @@ def _enter_while(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> lis
     cond_consts, body_consts = args[:nc], args[nc : nc + nb]
     carry = _arrays(args[nc + nb :], eqn, reader, frame)
     cond, body = compat.closed(p["cond_jaxpr"]), compat.closed(p["body_jaxpr"])
+    outside = carry
 
     def call_body(carry: list[Any]) -> tuple[list[Any], Emissions]:
         inner = frame.inner(eqn)
+        inner.entered(outside, carry)
         return _arrays(run(body, [*body_consts, *carry], reader, inner), eqn, reader, inner), inner.emitted
 
     def test(state: tuple[list[Any], Emissions]) -> Any:
@@ -348,6 +377,7 @@ def _enter_cond(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list
 
     def call(i: int, operands: list[Any]) -> tuple[list[Any], Emissions]:
         inner = frame.inner(eqn, i)
+        inner.entered(args[1:], operands)
         return _arrays(run(branches[i], operands, reader, inner), eqn, reader, inner), inner.emitted
 
     shapes: Emissions = {}
@@ -358,11 +388,19 @@ def _enter_cond(eqn: Any, args: list[Any], reader: Reader, frame: Frame) -> list
         outs, emitted = call(i, operands)
         return outs, {**emitted, **_zeros({k: v for k, v in shapes.items() if k not in emitted})}
 
-    outs, emitted = jax.lax.switch(
-        jnp.asarray(index, jnp.int32), [lambda ops, i=i: branch(i, ops) for i in range(len(branches))], args[1:]
-    )
+    outs, emitted = _chosen(eqn, index, [partial(branch, i) for i in range(len(branches))], args[1:])
     _emit_all(frame, emitted)
     return outs
+
+
+def _chosen(eqn: Any, index: Any, branches: list[Callable[[Any], Any]], operands: list[Any]) -> Any:
+    """One of the branches; that of a platform is lowered for no other, as in `jax.lax.platform_dependent`."""
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return jax.lax.switch(jnp.asarray(index, jnp.int32), branches, operands)
+    own = {name: branch for names, branch in zip(platforms, branches, strict=True) for name in names or ()}
+    default = next((branch for names, branch in zip(platforms, branches, strict=True) if names is None), None)
+    return jax.lax.platform_dependent(operands, default=default, **own)
 
 
 ENTER: dict[str, Callable[[Any, list[Any], Reader, Frame], list[Any]]] = {

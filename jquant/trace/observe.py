@@ -27,13 +27,14 @@ NEEDS = frozenset({"gram", "absmax", "mean_abs", "histogram"})
 
 
 class Observed(NamedTuple):
-    """Statistics of one array, and how many of its channels held a value that is not finite (int32 `[*batch]`).
+    """Statistics of one array, and how many of its channels held a value that is not finite (int32 `[*batch]`); or of
+    the keys and values of an attention (int32 `[*layers, 2]`).
 
     A Gram matrix is symmetric: here it is the blocks of rows of its lower triangle, `[*batch, b - a, b]` for the rows
     a to b, which takes 5/8 of the products. `gather_stats` makes it whole.
     """
 
-    stats: Stats
+    stats: Any  # Stats; or KVStats
     nonfinite: jax.Array
 
     def merge(self, other: "Observed") -> "Observed":
@@ -123,7 +124,7 @@ class ObserveReader:
 
     def collect(self, frame: interpreter.Frame) -> dict[int, Observed]:
         """What the top frame emitted, by group number."""
-        return {self.groups[key.name]: value for key, value in frame.emitted.items()}
+        return {self.groups.setdefault(k.name, len(self.groups)): value for k, value in frame.emitted.items()}
 
 
 def _unobservable(use: Use) -> str:

@@ -266,6 +266,22 @@ def test_static_scales_give_the_largest_number_of_a_text_the_largest_code():
         static_scales(params, config, [], name)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "llama-one-kv-head", "yarn"])
+def test_static_scales_are_those_of_calibrate(name):
+    """Keys behind rope, over queries in blocks (70 tokens) too. Layers behind the first see what attention with and
+    without a cache gave, so equal only up to its rounding."""
+    config, fmt = CONFIGS[name], "keys=fp8_e4m3-tensor-rot,values=nvfp4,sinks=2"
+    params, batches = make_params(config), [make_tokens(config, 70)]
+    stats = jq.calibrate(build(config), params, batches, paths=[], attention=fmt)
+    assert list(stats) == [f"attention[{i}]" for i in range(config.num_layers)]
+    found, want = jq.kv_cache.static_scales(stats, fmt), static_scales(params, config, batches, fmt)
+    for which in ("key_scale", "value_scale"):
+        assert found[which]["1"].shape == (config.num_kv_heads,)
+        np.testing.assert_array_max_ulp(np.asarray(found[which]["0"]), np.asarray(want[which]["0"]), 2)
+        np.testing.assert_allclose(found[which]["1"], want[which]["1"], rtol=1e-5)
+    init_cache(config, 2, 14, fmt, **found)
+
+
 def test_the_rotation_of_values_can_be_merged_into_the_weights():
     """`rotate(stream=False)` turns what the cache gets: values round as in a -rot format."""
     config = dataclasses.replace(CONFIGS["llama"], head_dim=16)

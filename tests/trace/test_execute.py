@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 import jquant as jq
 from jquant.core.errors import DamagedQTensorError, JQuantError, TraceError
@@ -284,6 +285,22 @@ def test_complex_and_integer_neighbours():
 
 
 # --- errors ---
+
+
+def test_a_branch_for_another_platform_is_not_lowered():
+    """As in the model itself: a kernel for NVIDIA GPUs has no meaning on a CPU."""
+
+    def kernel(x, w):
+        return pl.pallas_call(lambda i, o: o.__setitem__(..., i[...]), out_shape=x)(x) @ w
+
+    def model(p, x):
+        return jax.lax.platform_dependent(x, p["w"], cuda=kernel, default=lambda x, w: x @ w)
+
+    p, x = params(w=(8, 4)), jnp.asarray(model_bank.normal(3, 8))
+    q = {"w": model_bank.rtn(p["w"], jq.INT8, (-2,))}
+    want = x @ jq.dequantize(q)["w"]
+    np.testing.assert_allclose(jax.jit(jq.quantized(model))(q, x), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jq.quantized(model)(q, x), want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_leaf_that_is_no_array_is_named():
