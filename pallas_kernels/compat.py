@@ -46,6 +46,8 @@ def target_of(ctx: Any) -> str | None:
     devices = getattr(axes, "device_assignment", None)
     if not devices and hasattr(axes, "mesh"):
         devices = getattr(axes.mesh, "_flat_devices_tuple", None)
+    if not devices and hasattr(module.backend, "devices"):  # of a program of one device that no array names
+        devices = module.backend.devices()
     return named(devices[0].device_kind) if devices else None
 
 

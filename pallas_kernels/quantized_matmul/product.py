@@ -69,7 +69,8 @@ def quantized_matmul(
       planes: the codes as `reference.pack` makes them: uint8 `[N, bytes]`, one for each plane.
       scale: `[N (or 1), blocks]`, blocks = 1 or ceil(K / group_size); any float dtype, or float8_e8m0fnu or
         float8_e4m3fn.
-      zero_point: the shape of `scale`, uint8 or float; None for codes in two's complement, and for other elements.
+      zero_point: the shape of `scale`, uint8 (one of the codes) or float; None for codes in two's complement, and for
+        other elements.
       element: "int2" to "int8", "nf4", "fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1".
       group_size: elements of a row that share a scale (the last group may be shorter); None where the row does.
       out_dtype: of the result; that of `x` by default. Sums are float32.
