@@ -182,11 +182,11 @@ def scaled(
             if s is not None and not (s == 1).all():
                 chosen.append((group, s))
 
-    def make(items: list[tuple[Group, np.ndarray]]) -> Fold:
+    def make(items: list[tuple[Group, np.ndarray]]) -> tuple[Fold]:
         scale = np.ones(len(found.flow.labels.root))
         for group, s in items:
             scale[group.classes] = 1 / s
-        return scaling(found.flow, scale)
+        return (scaling(found.flow, scale),)
 
     good, bad = prove(program, make, chosen)
     warn_refused(name, bad, lambda item: str(item[0]))

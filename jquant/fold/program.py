@@ -78,8 +78,9 @@ def _numbers(a: Any) -> Any:
     return (np.arange(int(np.prod(a.shape))) % 7).reshape(a.shape).astype(a.dtype)
 
 
-def edit(fold: Fold, path: str, leaf: Any, cuts: Cuts = ()) -> Any:
-    """A leaf (float64, or a PerUse), or the part of it that `cuts` take, changed; the leaf itself where nothing is.
+def edit(folds: Sequence[Fold], path: str, leaf: Any, cuts: Cuts = ()) -> Any:
+    """A leaf (float64, or a PerUse), or the part of it that `cuts` take, changed by folds, one after the other; the
+    leaf itself where nothing is.
 
     A `jax.Array` stays one, in its dtype, and has a derivative if the change has; of a PerUse that may be the value,
     the maps are numbers.
@@ -87,9 +88,19 @@ def edit(fold: Fold, path: str, leaf: Any, cuts: Cuts = ()) -> Any:
     Raises:
       ValueError: it can't be changed so.
     """
-    flow = fold.flow
-    roles = [r for r in flow.outs if r.path == path]
-    if path in flow.fixed or not roles:
+    for fold in folds:
+        leaf = _edit(fold, path, leaf, cuts)
+    return leaf
+
+
+def _changes(fold: Fold, path: str) -> list[Role]:
+    """The ways in which a leaf is read, if the fold may change it."""
+    return [] if path in fold.flow.fixed else [r for r in fold.flow.outs if r.path == path]
+
+
+def _edit(fold: Fold, path: str, leaf: Any, cuts: Cuts) -> Any:
+    flow, roles = fold.flow, _changes(fold, path)
+    if not roles:
         return leaf
     if is_per_use(leaf) or {r.kind for r in roles} == {"dot", "lookup"}:
         return _edit_uses(fold, leaf, {r.kind: r for r in roles})
@@ -183,8 +194,10 @@ class Refused(NamedTuple):
     why: str
 
 
-def prove(program: Program, make: Callable[[list[Any]], Fold], items: list[Any]) -> tuple[list[Any], list[Refused]]:
-    """The items whose fold leaves the float64 outputs as they are, to 1e-9 of the largest, and the others.
+def prove(
+    program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: list[Any]
+) -> tuple[list[Any], list[Refused]]:
+    """The items whose folds leave the float64 outputs as they are, to 1e-9 of the largest, and the others.
 
     All at once where that holds; else halves, and so on. Costs two runs of a few tokens, more only where one fails.
     """
@@ -207,11 +220,11 @@ def prove(program: Program, make: Callable[[list[Any]], Fold], items: list[Any])
     return good, bad
 
 
-def _difference(program: Program, fold: Fold, before: list[np.ndarray]) -> str:
-    """Why a fold is no fold, or ""."""
+def _difference(program: Program, folds: Sequence[Fold], before: list[np.ndarray]) -> str:
+    """Why folds are none, or ""."""
     try:
         after = run_wide(
-            program.small, lambda p, cuts: edit(fold, p, cut_leaf(program.leaves[p], cuts), cuts), program.arrays
+            program.small, lambda p, cuts: edit(folds, p, cut_leaf(program.leaves[p], cuts), cuts), program.arrays
         )
     except ValueError as e:
         return str(e)
@@ -227,32 +240,38 @@ def _difference(program: Program, fold: Fold, before: list[np.ndarray]) -> str:
     return ""
 
 
-def apply_fold(fold: Fold, params: Any, traced: Any = None) -> Any:
-    """Parameters changed: computed in float64, in the dtypes that they had (the maps of a PerUse in float32).
+def apply_fold(folds: Sequence[Fold], params: Any, traced: Any = None) -> Any:
+    """Parameters changed by folds, one after the other: computed in float64, in the dtypes that they had (the maps of a
+    PerUse in float32).
 
     Args:
       traced: a float dtype, to compute in JAX and in it, with a derivative; the maps of a PerUse must be numbers.
     """
     flat, treedef = flatten_with_paths(params)
-    return treedef.unflatten([_applied(fold, path, leaf, traced) for path, leaf in flat])
+    return treedef.unflatten([_applied(folds, path, leaf, traced) for path, leaf in flat])
 
 
-def _applied(fold: Fold, path: str, leaf: Any, traced: Any) -> Any:
-    if path in fold.flow.fixed or not any(r.path == path for r in fold.flow.outs):
+def _applied(folds: Sequence[Fold], path: str, leaf: Any, traced: Any) -> Any:
+    if not any(_changes(fold, path) for fold in folds):
         return leaf
     inner = leaf if is_per_use(leaf) else np.asarray(leaf) if traced is None else jnp.asarray(leaf)
     if not jnp.issubdtype(inner.dtype, jnp.floating):
         return leaf
     if traced is not None:
         inner = holding(leaf, jnp.asarray(held(leaf)).astype(traced))
-    done = edit(fold, path, inner)
+    done = edit(folds, path, inner)
     if done is inner:
         return leaf
-    if isinstance(done, PerUse):
-        dtype = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
-        maps = {k: None if (m := getattr(done, k)) is None else jnp.asarray(m, dtype) for k in ("lookup", "product")}
-        return done.replace(value=held(leaf), **maps)
-    return jnp.asarray(done if traced is not None else np.asarray(done), leaf.dtype)
+    value = held(leaf) if held(done) is held(inner) else _narrowed(held(done), leaf.dtype)
+    if not isinstance(done, PerUse):
+        return value
+    dtype = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
+    maps = {k: None if (m := getattr(done, k)) is None else jnp.asarray(m, dtype) for k in ("lookup", "product")}
+    return done.replace(value=value, **maps)
+
+
+def _narrowed(a: Any, dtype: Any) -> jax.Array:
+    return jnp.asarray(a if isinstance(a, jax.Array) else np.asarray(a), dtype)
 
 
 def warn_refused(name: str, refused: list[Refused], tell: Callable[[Any], str]) -> None:

@@ -2,7 +2,7 @@
 
 A model casts to float32 here and there, and rounding hides errors of 1e-7. Here every float is a float64: casts to a
 float dtype do nothing, and products are asked for float64. Parameters are made when they are read and dropped behind,
-so that a large model is never in memory in float64.
+so that a large model is never in memory in float64. Numpy runs what it can (`numbers`), JAX the rest.
 """
 
 from collections import Counter
@@ -16,6 +16,7 @@ import numpy as np
 
 from jquant.core import kept
 from jquant.core.per_use import PerUse, held
+from jquant.fold import numbers
 from jquant.trace import compat, interpreter
 from jquant.trace.line import Line, Sym
 from jquant.trace.view import Ref
@@ -65,17 +66,18 @@ def cut_leaf(leaf: Any, cuts: Sequence[tuple[int, ...]]) -> Any:
 def _widen(x: Any) -> Any:
     if isinstance(x, Ref):
         return x
-    if isinstance(x, int) and not isinstance(x, bool):
-        return jnp.int32(x)
-    dtype = jnp.result_type(x)
-    return jnp.asarray(x, jnp.float64) if jnp.issubdtype(dtype, jnp.floating) else jnp.asarray(x)
+    if isinstance(x, int | float | complex):  # literals, some with a dtype of their own
+        x = np.asarray(x, jnp.result_type(x) if hasattr(x, "dtype") or isinstance(x, bool) else _KINDS[type(x)])
+    x = numbers.plain(x)
+    return x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != np.float64 else x
+
+
+_KINDS = {int: np.int32, float: np.float64, complex: np.complex128}
 
 
 def _value(a: Any, env: dict[Sym, Any], leaf: Leaf) -> Any:
     if isinstance(a, Ref):
-        found = leaf(a.path, a.value.cuts)
-        found = jax.tree.map(jnp.asarray, found)
-        return a.replace(value=found, casts=())
+        return a.replace(value=leaf(a.path, a.value.cuts), casts=())
     if isinstance(a, Sym):
         return env[a]
     return _widen(a)
@@ -98,7 +100,7 @@ _READER: Any = _Reader()
 
 def _instr(instr: Any, values: list[Any]) -> list[Any]:
     if instr.eqn is None:
-        return instr.run(values, _READER, interpreter.Frame())
+        return [numbers.plain(o) for o in instr.run(values, _READER, interpreter.Frame())]
     return _eqn(instr.eqn, values)
 
 
@@ -124,12 +126,22 @@ def _body(jaxpr: compat.Closed, args: Sequence[Any]) -> list[Any]:
 def _bind(eqn: Any, values: list[Any]) -> list[Any]:
     """One equation in float64."""
     name = eqn.primitive.name
-    if name in _LOOPS:
-        return _LOOPS[name](eqn, values)
-    if name in interpreter.ENTER:
-        return _body(compat.sub_jaxprs(eqn)[0], values)
+    if (rule := numbers.rule_of(name, values)) is not None:
+        out = rule(eqn.params, *values)
+        if out is not NotImplemented:
+            return [out]
     if name == "reduce_precision":
         return values
+    if name in interpreter.ENTER and name not in _LOOPS:
+        return _body(compat.sub_jaxprs(eqn)[0], values)
+    return [numbers.plain(o) for o in _bind_in_jax(eqn, values)]
+
+
+def _bind_in_jax(eqn: Any, values: list[Any]) -> list[Any]:
+    name = eqn.primitive.name
+    values = [jnp.asarray(v) if isinstance(v, np.ndarray | np.generic) else v for v in values]
+    if name in _LOOPS:
+        return _LOOPS[name](eqn, values)
     if name in _NARROW:
         return [
             _widen(o) for o in compat.bind(eqn, *[_narrow(v, x.aval) for v, x in zip(values, eqn.invars, strict=True)])

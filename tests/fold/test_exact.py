@@ -130,7 +130,7 @@ def test_a_fold_that_is_none_is_not_applied():
         scale = np.ones(len(flow.labels.root))
         for item in items:
             scale[alive[item]] = 2.0 if item % 5 else -1.0  # a negative scale does not commute with relu
-        return scaling(flow, scale)
+        return (scaling(flow, scale),)
 
     good, bad = prove(program, make, list(range(12)))
     assert [b.item for b in bad] == [0, 5, 10] and len(good) == 9 and all("float64" in b.why for b in bad)

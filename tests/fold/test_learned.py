@@ -22,7 +22,7 @@ from jquant.fold import cayley, learned, objectives
 from jquant.fold.hadamard import random_rotation
 from jquant.fold.objectives import group_blocks
 from jquant.fold.program import apply_fold
-from jquant.fold.rotate import find_blocks, fold_gains, rotation, start_matrix
+from jquant.fold.rotate import find_blocks, rotation, start_matrix, without_gains
 from jquant.trace.fake_quant import scaled_error
 from tests.fold.models import BANK, TOKENS, D
 from tests.fold.test_exact import error, folded, widened
@@ -49,8 +49,8 @@ def _ready(model, params=None, fmt=INT3, activations=None):
         return jq.calibrate(model.apply, params, [model.args], paths=paths, gram=gram)
 
     job = Folding(model.apply, params, [model.args], formats, calibrate, activations or {})
-    job = job._replace(params=fold_gains(job, "learned_rotation"))
-    ready = find_blocks(job, True, True)
+    ready = without_gains(find_blocks(job, "learned_rotation", True, True))
+    job = job._replace(params=ready.params)
     return job, ready, group_blocks(ready.blocks)
 
 
@@ -105,8 +105,8 @@ def test_a_fold_in_jax_is_the_fold_and_has_its_derivative(name):
         warnings.simplefilter("ignore", jq.JQuantWarning)
         _, ready, turns = _ready(model, widened(model.params))
         stacks = turns.stack(partial(start_matrix, 0), jnp.float64)
-        fold = lambda s: apply_fold(rotation(ready.flow, turns.blocks, turns.of(s)), ready.params, jnp.float64)
-        plain = apply_fold(rotation(ready.flow, turns.blocks, partial(start_matrix, 0)), ready.params)
+        fold = lambda s: apply_fold((rotation(ready.flow, turns.blocks, turns.of(s)),), ready.params, jnp.float64)
+        plain = apply_fold((rotation(ready.flow, turns.blocks, partial(start_matrix, 0)),), ready.params)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), plain, fold(stacks))
         rng = np.random.default_rng(0)
         by = jax.tree.map(lambda a: rng.normal(size=a.shape), plain)
@@ -144,7 +144,7 @@ def test_the_layers_objective_is_the_error_of_what_quantize_returns(name):
         job, ready, turns = _ready(model)
         found = objectives.layers(job, ready, turns)
         got = [float(found.value(turns.stack(partial(start_matrix, 0)), i)) for i in range(found.parts)]
-        after = apply_fold(rotation(ready.flow, turns.blocks, partial(start_matrix, 0)), ready.params)
+        after = apply_fold((rotation(ready.flow, turns.blocks, partial(start_matrix, 0)),), ready.params)
         recipe = objectives.policies(job)
         q = jq.dequantize(jq.quantize(model.apply, after, recipe, jq.rtn(), [model.args]))
         stats = jq.calibrate(model.apply, after, [model.args])
