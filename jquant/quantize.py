@@ -117,9 +117,14 @@ def _fold(apply: Any, box: list[Any], targets: dict[str, Target], method: Method
 
 def _check_weights(leaves: dict[str, Any]) -> None:
     for path, leaf in leaves.items():
-        bad = int(jnp.sum(~jnp.isfinite(held(leaf))))
+        bad = int(_not_finite(held(leaf)))
         if bad:
             raise NonFiniteError(f"{path}: {bad} of {leaf.size} weights are NaN or infinite; nothing was quantized")
+
+
+@jax.jit
+def _not_finite(leaf: Any) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(leaf))
 
 
 def _unit_axes(axes: tuple[int, ...], at: tuple[tuple[int, int], ...]) -> tuple[int, ...]:

@@ -188,9 +188,9 @@ def scaled(
             scale[group.classes] = 1 / s
         return (scaling(found.flow, scale),)
 
-    good, bad = prove(program, make, chosen)
+    good, bad, made = prove(program, make, chosen)
     warn_refused(name, bad, lambda item: str(item[0]))
-    return apply_fold(make(good), job.params) if good else job.params
+    return apply_fold(make(good), job.params, made) if good else job.params
 
 
 def _portions(groups: list[Group], budget: int | None) -> Iterator[list[Group]]:

@@ -1,7 +1,8 @@
 """`Program`: what a fold reads of a function, and the proof that a change of its parameters changes nothing else."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -106,12 +107,14 @@ def _edit(fold: Fold, path: str, leaf: Any, cuts: Cuts) -> Any:
         return _edit_uses(fold, leaf, {r.kind: r for r in roles})
     [role] = roles
     a, b = flow.affine.get(path, (1.0, 0.0)) if role.kind == "read" else (1.0, 0.0)
-    before = _wide(leaf) * a + b
+    before = _wide(leaf) if (a, b) == (1, 0) else _wide(leaf) * a + b
     after = fold.change(before, _cut(flow, role, "outs", cuts), _cut(flow, role, "ins", cuts))
     if role.kind == "read" and not isinstance(after, jax.Array):
         # a gain that was divided by itself is one, and not one and a rounding error
         after = np.where(np.abs(after - 1) < 1e-15, 1.0, after)
-    return leaf if _same(after, before) else (after - b) / a
+    if _same(after, before):
+        return leaf
+    return after if (a, b) == (1, 0) else (after - b) / a
 
 
 def _wide(leaf: Any) -> Any:
@@ -194,9 +197,21 @@ class Refused(NamedTuple):
     why: str
 
 
-def prove(
-    program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: list[Any]
-) -> tuple[list[Any], list[Refused]]:
+class Proof(NamedTuple):
+    """What was proven.
+
+    Attributes:
+      good: the items whose folds change no output.
+      bad: the others.
+      made: by path, leaves that the folds of `good` change, as `apply_fold` gives them, where the proof made them.
+    """
+
+    good: list[Any]
+    bad: list[Refused]
+    made: dict[str, Any]
+
+
+def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: list[Any]) -> Proof:
     """The items whose folds leave the float64 outputs as they are, to 1e-9 of the largest, and the others.
 
     All at once where that holds; else halves, and so on. Costs two runs of a few tokens, more only where one fails.
@@ -204,9 +219,11 @@ def prove(
     before = run_wide(program.small, lambda p, cuts: cut_leaf(program.leaves[p], cuts), program.arrays)
     good: list[Any] = []
     bad: list[Refused] = []
+    made: dict[str, Any] = {}
 
     def sort(part: list[Any]) -> None:
-        why = _difference(program, make([*good, *part]), before)
+        made.clear()
+        why = _difference(program, make([*good, *part]), before, made)
         if not why:
             good.extend(part)
         elif len(part) == 1:
@@ -217,15 +234,24 @@ def prove(
 
     if items:
         sort(items)
-    return good, bad
+    return Proof(good, bad, {} if bad else made)
 
 
-def _difference(program: Program, folds: Sequence[Fold], before: list[np.ndarray]) -> str:
-    """Why folds are none, or ""."""
+def _difference(
+    program: Program, folds: Sequence[Fold], before: list[np.ndarray], made: dict[str, Any]
+) -> str:  # fmt: skip
+    """Why folds are none, or "". Leaves that are changed as a whole are put into `made`."""
+
+    def changed(path: str, cuts: Cuts) -> Any:
+        leaf = program.leaves[path]
+        wide = cut_leaf(leaf, cuts)
+        done = edit(folds, path, wide, cuts)
+        if not cuts and done is not wide and path not in made:
+            made[path] = _finished(leaf, wide, done)
+        return done
+
     try:
-        after = run_wide(
-            program.small, lambda p, cuts: edit(folds, p, cut_leaf(program.leaves[p], cuts), cuts), program.arrays
-        )
+        after = run_wide(program.small, changed, program.arrays)
     except ValueError as e:
         return str(e)
     for a, b in zip(before, after, strict=True):
@@ -240,15 +266,19 @@ def _difference(program: Program, folds: Sequence[Fold], before: list[np.ndarray
     return ""
 
 
-def apply_fold(folds: Sequence[Fold], params: Any, traced: Any = None) -> Any:
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+def apply_fold(folds: Sequence[Fold], params: Any, made: Mapping[str, Any] = _NONE, *, traced: Any = None) -> Any:
     """Parameters changed by folds, one after the other: computed in float64, in the dtypes that they had (the maps of a
     PerUse in float32).
 
     Args:
+      made: what a proof made of them.
       traced: a float dtype, to compute in JAX and in it, with a derivative; the maps of a PerUse must be numbers.
     """
     flat, treedef = flatten_with_paths(params)
-    return treedef.unflatten([_applied(folds, path, leaf, traced) for path, leaf in flat])
+    return treedef.unflatten([made[p] if p in made else _applied(folds, p, leaf, traced) for p, leaf in flat])
 
 
 def _applied(folds: Sequence[Fold], path: str, leaf: Any, traced: Any) -> Any:
@@ -259,7 +289,11 @@ def _applied(folds: Sequence[Fold], path: str, leaf: Any, traced: Any) -> Any:
         return leaf
     if traced is not None:
         inner = holding(leaf, jnp.asarray(held(leaf)).astype(traced))
-    done = edit(folds, path, inner)
+    return _finished(leaf, inner, edit(folds, path, inner))
+
+
+def _finished(leaf: Any, inner: Any, done: Any) -> Any:
+    """What `edit` made of `inner`, which is `leaf` in float64, in the dtypes of the leaf."""
     if done is inner:
         return leaf
     value = held(leaf) if held(done) is held(inner) else _narrowed(held(done), leaf.dtype)

@@ -1,7 +1,8 @@
 """Random rotations of the residual stream and of the attention heads, merged into the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +71,7 @@ class Ready(NamedTuple):
       gains: the gains of norms that are moved into their readers first.
       flow: the labels of their channels under rotations, once that is done.
       blocks: what may be rotated.
+      made: leaves that a proof of all of this changed (see `prove`).
     """
 
     params: Any
@@ -78,6 +80,7 @@ class Ready(NamedTuple):
     gains: list[Gain]
     flow: Flow
     blocks: list[Block]
+    made: Mapping[str, Any] = MappingProxyType({})
 
 
 def find_blocks(job: Folding, name: str, stream: bool, heads: bool) -> Ready:
@@ -109,9 +112,9 @@ def proven(ready: Ready, name: str, matrix_of: Callable[[Block], np.ndarray]) ->
     def make(items: list[Any]) -> tuple[Fold, ...]:
         return folds_of(_only(ready, items), matrix_of)
 
-    good, bad = prove(ready.program, make, [*ready.gains, *ready.blocks])
+    good, bad, made = prove(ready.program, make, [*ready.gains, *ready.blocks])
     warn_refused(name, bad, _said)
-    return _only(ready, good)
+    return _only(ready, good)._replace(made=made)
 
 
 def _only(ready: Ready, items: list[Any]) -> Ready:
@@ -156,15 +159,15 @@ def rotation(flow: Flow, chosen: list[Block], matrix_of: Callable[[Block], Any])
 
 
 def rotated(ready: Ready, matrix_of: Callable[[Block], np.ndarray]) -> Any:
-    """The parameters after the folds of the gains and of the blocks."""
-    return apply_fold(folds_of(ready, matrix_of), ready.params)
+    """The parameters after the folds of the gains and of the blocks, proven with these matrices."""
+    return apply_fold(folds_of(ready, matrix_of), ready.params, ready.made)
 
 
 def without_gains(ready: Ready) -> Ready:
     """The same model once the gains are moved, its blocks still as they were."""
     params = apply_fold((gain_fold(ready.scales, ready.gains),), ready.params) if ready.gains else ready.params
     leaves = dict(zip(ready.program.leaves, (v for _, v in flatten_with_paths(params)[0]), strict=True))
-    return ready._replace(params=params, program=ready.program._replace(leaves=leaves), gains=[])
+    return ready._replace(params=params, program=ready.program._replace(leaves=leaves), gains=[], made={})
 
 
 def find_gains(program: Program, flow: Flow) -> tuple[list[Gain], list[tuple[str, str]]]:

@@ -105,7 +105,7 @@ def test_a_fold_in_jax_is_the_fold_and_has_its_derivative(name):
         warnings.simplefilter("ignore", jq.JQuantWarning)
         _, ready, turns = _ready(model, widened(model.params))
         stacks = turns.stack(partial(start_matrix, 0), jnp.float64)
-        fold = lambda s: apply_fold((rotation(ready.flow, turns.blocks, turns.of(s)),), ready.params, jnp.float64)
+        fold = lambda s: apply_fold((rotation(ready.flow, turns.blocks, turns.of(s)),), ready.params, traced=jnp.float64)
         plain = apply_fold((rotation(ready.flow, turns.blocks, partial(start_matrix, 0)),), ready.params)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), plain, fold(stacks))
         rng = np.random.default_rng(0)
