@@ -55,7 +55,9 @@ class Folding(NamedTuple):
       apply, params: the function and its parameters, floats.
       batches: calibration data, at least one batch; perhaps shapes only.
       formats: path -> format, of the leaves that will be quantized.
-      calibrate: `(params, paths) -> path -> Stats`, with Gram matrices where `gram=True`.
+      calibrate: `(params, paths) -> path -> Stats`, with Gram matrices where `gram=True`; all at once.
+      observe: `(params, paths, gram, take)`: the same unit by unit (a leaf, or a slice of a stacked one), given to
+        `take` as soon as they are known, as `path -> at -> Stats` with `at` as in `trace.program.Unit`.
       activations: path -> how the inputs of its products are rounded, where they are.
     """
 
@@ -64,6 +66,7 @@ class Folding(NamedTuple):
     batches: list[Any]
     formats: Mapping[str, Format]
     calibrate: Callable[..., dict[str, Stats]]
+    observe: Callable[..., None]
     activations: Mapping[str, Activation] = MappingProxyType({})
 
     def miss(self, name: str, what: str) -> None:

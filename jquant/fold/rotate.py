@@ -118,7 +118,8 @@ def proven(ready: Ready, name: str, matrix_of: Callable[[Block], np.ndarray]) ->
 
 
 def _only(ready: Ready, items: list[Any]) -> Ready:
-    return ready._replace(**{k: [i for i in items if isinstance(i, t)] for k, t in (("gains", Gain), ("blocks", Block))})
+    gains = [i for i in items if isinstance(i, Gain)]
+    return ready._replace(gains=gains, blocks=[i for i in items if isinstance(i, Block)])
 
 
 def _said(item: Any) -> str:

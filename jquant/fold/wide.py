@@ -106,7 +106,8 @@ _READER: Any = _Reader()
 
 def _instr(instr: Any, env: dict[Sym, Any], leaf: Leaf) -> list[Any]:
     if any(isinstance(a, Ref) and math.prod(a.value.shape) > _LARGE for a in instr.args):
-        if (out := _in_parts(instr.eqn, [a if isinstance(a, Ref) else _value(a, env, leaf) for a in instr.args], leaf)) is not None:
+        args = [a if isinstance(a, Ref) else _value(a, env, leaf) for a in instr.args]
+        if (out := _in_parts(instr.eqn, args, leaf)) is not None:
             return [out]
     values = [_value(a, env, leaf) for a in instr.args]
     if instr.eqn is None:
