@@ -106,8 +106,7 @@ def _fold(apply: Any, box: list[Any], targets: dict[str, Target], method: Method
     def statistics(params: Any, paths: Iterable[str], gram: bool = False) -> dict[str, Stats]:
         return calibrate(apply, params, batches, paths=paths, gram=gram)
 
-    def observed(params: Any, paths: Iterable[str], gram: bool, take: Callable[..., None]) -> None:
-        needs = frozenset({"absmax", "mean_abs"} | ({"gram"} if gram else set()))
+    def observed(params: Any, paths: Iterable[str], needs: frozenset[str], take: Callable[..., None]) -> None:
         observe(apply, params, batches, _axes_of(targets), paths, needs, take)
 
     for fold in method.folds:

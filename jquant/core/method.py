@@ -56,8 +56,8 @@ class Folding(NamedTuple):
       batches: calibration data, at least one batch; perhaps shapes only.
       formats: path -> format, of the leaves that will be quantized.
       calibrate: `(params, paths) -> path -> Stats`, with Gram matrices where `gram=True`; all at once.
-      observe: `(params, paths, gram, take)`: the same unit by unit (a leaf, or a slice of a stacked one), given to
-        `take` as soon as they are known, as `path -> at -> Stats` with `at` as in `trace.program.Unit`.
+      observe: `(params, paths, needs, take)`: some statistics, unit by unit (a leaf, or a slice of a stacked one),
+        given to `take` as soon as they are known, as `path -> at -> Stats` with `at` as in `trace.program.Unit`.
       activations: path -> how the inputs of its products are rounded, where they are.
     """
 
@@ -86,8 +86,8 @@ class Method(NamedTuple):
         leading axis, or None.
       folds: what it does to the model before rounding, in order: `Folding -> params`, the same function of the inputs.
       fold_needs: the statistics that its folds read, likewise; a rotation reads none.
-      needs: the statistics that `solve` reads: a subset of {"gram", "absmax", "mean_abs", "cross"}; empty for methods
-        without data. "cross" has the walk carry the float model's activations too.
+      needs: the statistics that `solve` reads: a subset of {"gram", "absmax", "mean_abs", "peak", "cross"}; empty for
+        methods without data. "cross" has the walk carry the float model's activations too.
       last: what `solve` does is for the codes that there are: nothing may round behind it.
     """
 

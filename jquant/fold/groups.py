@@ -195,7 +195,7 @@ class _Choices:
 
 
 def scaled(
-    job: Folding, name: str, choose: Callable[[Group, list[Inputs]], np.ndarray | None], *, gram: bool,
+    job: Folding, name: str, choose: Callable[[Group, list[Inputs]], np.ndarray | None], needs: frozenset[str],
     wanted: Callable[[Group], bool] = lambda g: True,
 ) -> Any:  # fmt: skip
     """The parameters with the inputs of every group divided by chosen scales, and its weights multiplied by them.
@@ -204,7 +204,7 @@ def scaled(
 
     Args:
       choose: `(group, its matrices) -> s` `[channels]`, or None to leave it.
-      gram: whether `choose` needs Gram matrices.
+      needs: the statistics that `choose` needs.
       wanted: which groups to ask for.
     """
     program = read_program(job.apply, job.params, job.batches[0])
@@ -223,7 +223,7 @@ def scaled(
     groups = [g for g in found.groups if wanted(g)]
     choices = _Choices(groups, ask)
     if paths := {m.site.path for g in groups for m in g.matrices}:
-        job.observe(job.params, paths, gram, choices.take)
+        job.observe(job.params, paths, needs, choices.take)
     for group, _ in choices.waiting:
         job.miss(name, f"{group} is left as it is: not all of them could be observed")
 

@@ -58,8 +58,7 @@ def job_of(apply, params, args, formats, activations=None):
     def calibrate(params, paths, gram=False):
         return jq.calibrate(apply, params, [args], paths=paths, gram=gram)
 
-    def observed(params, paths, gram, take):
-        needs = frozenset({"absmax", "mean_abs"} | ({"gram"} if gram else set()))
+    def observed(params, paths, needs, take):
         observe(apply, params, [args], axes, paths, needs, take)
 
     return Folding(apply, params, [args], formats, calibrate, observed, activations or {})
