@@ -123,7 +123,10 @@ def _in_parts(eqn: Any, args: list[Any], leaf: Leaf) -> Any:
     use = None if eqn is None else interpreter.find_use(eqn, args)
     if use is None or use.kind not in _PARTS or sum(isinstance(a, Ref) for a in args) > 1:
         return None
-    return _PARTS[use.kind](use, lambda dim: _parts_along(use.ref, dim, leaf), args)
+    try:
+        return _PARTS[use.kind](use, lambda dim: _parts_along(use.ref, dim, leaf), args)
+    except ValueError:  # a change that mixes what lies along that axis wants all of it
+        return None
 
 
 def _parts_along(ref: Ref, dim: int, leaf: Leaf) -> Iterator[tuple[int, int, Callable[[], Ref]]]:
