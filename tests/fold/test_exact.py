@@ -52,7 +52,7 @@ def folded(method, apply, params, args):
 def job_of(apply, params, args, formats, activations=None):
     """What `quantize` gives a fold."""
     sites = jq.find_sites(apply, params, *args)
-    targets = plan_targets(sites, params, jq.Recipe({**{glob.escape(p): f for p, f in formats.items()}, "*": None}))
+    targets = plan_targets(sites, params, jq.Recipe({glob.escape(p): f for p, f in formats.items()}))
     axes = {p: (t.contracted, t.batch) for p, t in targets.items()}
 
     def calibrate(params, paths, gram=False):
