@@ -21,7 +21,7 @@ def test_each_unit_comes_once_with_what_calibrate_sees(name):
     model = BANK[name]
     sites = jq.find_sites(model.apply, model.params, *model.args)
     paths = [p for p, s in sites.by_path().items() if any(x.quantizable and x.kind != "lookup" for x in s)]
-    targets = plan_targets(sites, model.params, jq.Recipe({p: jq.INT8 for p in paths}))
+    targets = plan_targets(sites, model.params, jq.Recipe(dict.fromkeys(paths, jq.INT8)))
     axes = {p: (targets[p].contracted, targets[p].batch) for p in paths}
     batches = [model.args, jax.tree.map(lambda a: a[::-1], model.args)]
     met, calls = {}, []
