@@ -88,7 +88,7 @@ def quantize(
     _check_weights({p: v for p, v in flatten_with_paths(params)[0] if p in targets})
     box = [params]
     del params  # if the caller kept no reference either, what a fold replaces is freed
-    params = _fold(apply, box, targets, method, batches)
+    params = folded(apply, box, targets, method, batches)
     flat, treedef = flatten_with_paths(params)
     if method.needs:
         solved = _walk(apply, params, targets, method, batches, recipe, resume)
@@ -98,7 +98,7 @@ def quantize(
     return add_activations(apply, tree, targets, batches)
 
 
-def _fold(apply: Any, box: list[Any], targets: dict[str, Target], method: Method, batches: list[Any]) -> Any:
+def folded(apply: Any, box: list[Any], targets: dict[str, Target], method: Method, batches: list[Any]) -> Any:
     """The parameters in `box` after what the method does to the model before it rounds."""
     formats = {p: t.format for p, t in targets.items()}
     activations = {p: t.activation for p, t in targets.items() if t.activation is not None}
