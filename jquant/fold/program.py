@@ -220,8 +220,9 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
     good: list[Any] = []
     bad: list[Refused] = []
     made: dict[str, Any] = {}
-
-    def sort(part: list[Any]) -> None:
+    parts = [items] if items else []
+    while parts:  # no function that calls itself: that would hold the parameters until the next garbage collection
+        part = parts.pop(0)
         made.clear()
         why = _difference(program, make([*good, *part]), before, made)
         if not why:
@@ -229,11 +230,7 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
         elif len(part) == 1:
             bad.append(Refused(part[0], why))
         else:
-            sort(part[: len(part) // 2])
-            sort(part[len(part) // 2 :])
-
-    if items:
-        sort(items)
+            parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
     return Proof(good, bad, {} if bad else made)
 
 
