@@ -110,7 +110,7 @@ def folded(apply: Any, box: list[Any], targets: dict[str, Target], method: Metho
         observe(apply, params, batches, _axes_of(targets), paths, needs, take)
 
     for fold in method.folds:
-        box.append(fold(Folding(apply, box.pop(), batches, formats, statistics, observed, activations)))
+        box.append(fold(Folding(apply, [box.pop()], batches, formats, statistics, observed, activations)))
         memory.give_back()
     return box.pop()
 

@@ -52,7 +52,8 @@ class Folding(NamedTuple):
     """What a fold is given.
 
     Attributes:
-      apply, params: the function and its parameters, floats.
+      apply: the function.
+      box: its parameters, floats, alone in a list: a fold that takes them out frees each as it replaces it.
       batches: calibration data, at least one batch; perhaps shapes only.
       formats: path -> format, of the leaves that will be quantized.
       calibrate: `(params, paths) -> path -> Stats`, with Gram matrices where `gram=True`; all at once.
@@ -62,12 +63,17 @@ class Folding(NamedTuple):
     """
 
     apply: Callable[..., Any]
-    params: Any
+    box: list[Any]
     batches: list[Any]
     formats: Mapping[str, Format]
     calibrate: Callable[..., dict[str, Stats]]
     observe: Callable[..., None]
     activations: Mapping[str, Activation] = MappingProxyType({})
+
+    @property
+    def params(self) -> Any:
+        """What is in the box."""
+        return self.box[0]
 
     def miss(self, name: str, what: str) -> None:
         """Says in a warning what a fold did not find."""

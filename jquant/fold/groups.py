@@ -235,7 +235,8 @@ def scaled(
 
     good, bad, made = prove(program, make, chosen)
     warn_refused(name, bad, lambda item: str(item[0]))
-    return apply_fold(make(good), job.params, made) if good else job.params
+    program.leaves.clear()
+    return apply_fold(make(good), job.box.pop(), made) if good else job.box.pop()
 
 
 def per_channel(group: Group, values: list[np.ndarray], how: Any, start: float) -> np.ndarray:

@@ -93,7 +93,7 @@ def learned_rotation(
         if not (ready.blocks and steps):
             return rotated(ready, start)
         ready = without_gains(ready)
-        job = job._replace(params=ready.params)  # nothing holds the old ones
+        job = job._replace(box=[ready.params])  # nothing holds the old ones
         turns = group_blocks(ready.blocks)
         learned = learn(_OBJECTIVES[objective](job, ready, turns), turns, how)
         memory.give_back()

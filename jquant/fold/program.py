@@ -203,7 +203,8 @@ class Proof(NamedTuple):
     Attributes:
       good: the items whose folds change no output.
       bad: the others.
-      made: by path, leaves that the folds of `good` change, as `apply_fold` gives them, where the proof made them.
+      made: by path, leaves that the folds of `good` change, as `apply_fold` gives them, where the proof made them and
+        making them takes products of matrices.
     """
 
     good: list[Any]
@@ -237,13 +238,15 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
 def _difference(
     program: Program, folds: Sequence[Fold], before: list[np.ndarray], made: dict[str, Any]
 ) -> str:  # fmt: skip
-    """Why folds are none, or "". Leaves that are changed as a whole are put into `made`."""
+    """Why folds are none, or "". Leaves that are changed as a whole, at a cost, are put into `made`."""
+
+    costly = not all(fold.diagonal for fold in folds)
 
     def changed(path: str, cuts: Cuts) -> Any:
         leaf = program.leaves[path]
         wide = cut_leaf(leaf, cuts)
         done = edit(folds, path, wide, cuts)
-        if not cuts and done is not wide and path not in made:
+        if not cuts and done is not wide and path not in made and costly:
             made[path] = _finished(leaf, wide, done)
         return done
 
@@ -275,7 +278,11 @@ def apply_fold(folds: Sequence[Fold], params: Any, made: Mapping[str, Any] = _NO
       traced: a float dtype, to compute in JAX and in it, with a derivative; the maps of a PerUse must be numbers.
     """
     flat, treedef = flatten_with_paths(params)
-    return treedef.unflatten([made[p] if p in made else _applied(folds, p, leaf, traced) for p, leaf in flat])
+    paths, leaves = [p for p, _ in flat], [leaf for _, leaf in flat]
+    del params, flat  # a leaf that nothing else holds is freed when its successor is there
+    for i, path in enumerate(paths):
+        leaves[i] = made[path] if path in made else _applied(folds, path, leaves[i], traced)
+    return treedef.unflatten(leaves)
 
 
 def _applied(folds: Sequence[Fold], path: str, leaf: Any, traced: Any) -> Any:

@@ -61,7 +61,7 @@ def job_of(apply, params, args, formats, activations=None):
     def observed(params, paths, needs, take):
         observe(apply, params, [args], axes, paths, needs, take)
 
-    return Folding(apply, params, [args], formats, calibrate, observed, activations or {})
+    return Folding(apply, [params], [args], formats, calibrate, observed, activations or {})
 
 
 def error(want, got):

@@ -46,7 +46,7 @@ def _ready(model, params=None, fmt=INT3, activations=None):
     formats = {p: fmt for p, s in sites.items() if any(x.quantizable for x in s) and p != "embed"}
     job = job_of(model.apply, params, model.args, formats, activations)
     ready = without_gains(find_blocks(job, "learned_rotation", True, True))
-    job = job._replace(params=ready.params)
+    job = job._replace(box=[ready.params])
     return job, ready, group_blocks(ready.blocks)
 
 
