@@ -50,7 +50,8 @@ def measure(folds: list[str], elements: list[str], leaves: list[str]) -> list[st
         return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))
 
     plain = jax.jit(jq.quantized(model.apply))
-    kl = lambda run, params: np.mean([float(divergence(plain(model.params, w), run(params, w))) for w in held])
+    want = [np.asarray(plain(model.params, w)) for w in held]
+    kl = lambda run, params: np.mean([float(divergence(a, run(params, w))) for a, w in zip(want, held, strict=True)])
     all_of = lambda policy: jq.Recipe({"*embed*": None, "*": policy})
     targets = plan_targets(jq.find_sites(model.apply, model.params, batches[0]), model.params, all_of(jq.W8A8))
     rows = []
