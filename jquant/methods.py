@@ -34,6 +34,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "awq-scales": partial(awq, clip=False),
     "smoothquant": lambda alpha=0.8, **settings: smoothquant(alpha, **settings),
     "smoothquant-search": partial(smoothquant, alpha=None),
+    "smoothquant-tokens": lambda alpha=0.6, **settings: smoothquant(
+        alpha, **{"everywhere": True, "tokens_alike": True, **settings}
+    ),
     "rotate": rotate,
     "lowrank": lowrank,
     "learned_rotation": learned_rotation,

@@ -27,11 +27,11 @@ from jquant.ranges import add_activations
 from jquant.resume import Store, fingerprint
 from jquant.solvers.rtn import rtn
 from jquant.trace.function import call_args
-from jquant.trace.observe import Observed, gather_stats, stats_shapes
+from jquant.trace.observe import Observed, stats_shapes
 from jquant.trace.program import Unit
 from jquant.trace.sites import find_sites
 from jquant.trace.targets import Target, plan_targets
-from jquant.walk import Job, Walk, unit_name
+from jquant.walk import Axes, Gathered, Job, Walk, observe, unit_axes, unit_name
 
 
 def quantize(
@@ -88,7 +88,7 @@ def quantize(
     _check_weights({p: v for p, v in flatten_with_paths(params)[0] if p in targets})
     box = [params]
     del params  # if the caller kept no reference either, what a fold replaces is freed
-    params = _fold(apply, box, targets, method, batches)
+    params = folded(apply, box, targets, method, batches)
     flat, treedef = flatten_with_paths(params)
     if method.needs:
         solved = _walk(apply, params, targets, method, batches, recipe, resume)
@@ -98,7 +98,7 @@ def quantize(
     return add_activations(apply, tree, targets, batches)
 
 
-def _fold(apply: Any, box: list[Any], targets: dict[str, Target], method: Method, batches: list[Any]) -> Any:
+def folded(apply: Any, box: list[Any], targets: dict[str, Target], method: Method, batches: list[Any]) -> Any:
     """The parameters in `box` after what the method does to the model before it rounds."""
     formats = {p: t.format for p, t in targets.items()}
     activations = {p: t.activation for p, t in targets.items() if t.activation is not None}
@@ -106,10 +106,17 @@ def _fold(apply: Any, box: list[Any], targets: dict[str, Target], method: Method
     def statistics(params: Any, paths: Iterable[str], gram: bool = False) -> dict[str, Stats]:
         return calibrate(apply, params, batches, paths=paths, gram=gram)
 
+    def observed(params: Any, paths: Iterable[str], needs: frozenset[str], take: Callable[..., None]) -> None:
+        observe(apply, params, batches, _axes_of(targets), paths, needs, take)
+
     for fold in method.folds:
-        box.append(fold(Folding(apply, box.pop(), batches, formats, statistics, activations)))
+        box.append(fold(Folding(apply, [box.pop()], batches, formats, statistics, observed, activations)))
         memory.give_back()
     return box.pop()
+
+
+def _axes_of(targets: Mapping[str, Target]) -> dict[str, Axes]:
+    return {p: (t.contracted, t.batch) for p, t in targets.items()}
 
 
 # --- one weight ---
@@ -117,19 +124,17 @@ def _fold(apply: Any, box: list[Any], targets: dict[str, Target], method: Method
 
 def _check_weights(leaves: dict[str, Any]) -> None:
     for path, leaf in leaves.items():
-        bad = int(jnp.sum(~jnp.isfinite(held(leaf))))
+        bad = int(_not_finite(held(leaf)))
         if bad:
             raise NonFiniteError(f"{path}: {bad} of {leaf.size} weights are NaN or infinite; nothing was quantized")
 
 
-def _unit_axes(axes: tuple[int, ...], at: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    """Axes of the full leaf as a unit names them, without those that were walked."""
-    gone = {axis for axis, _ in at}
-    return tuple(-sum(b not in gone for b in range(a, 0)) for a in axes if a not in gone)
+@jax.jit
+def _not_finite(leaf: Any) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(leaf))
 
 
 _ROUND = rtn()  # for what no activations reach
-Axes = tuple[tuple[int, ...], tuple[int, ...]]  # the contracted axes of a weight, and those that are solved apart
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -219,50 +224,24 @@ def _walk(
 
 
 class _Solver:
-    """Solves the jobs of a stop; keeps the statistics of units that a later stop observes again."""
+    """Solves the jobs of a stop."""
 
     def __init__(self, walk: Walk, targets: dict[str, Target], method: Method):
         self.walk, self.targets, self.method = walk, targets, method
-        self.waiting: dict[Unit, Observed] = {}
-        self.skipped: dict[Unit, str] = {}
+        self.gathered = Gathered(walk, _axes_of(targets))
 
     def __call__(self, jobs: list[Job], seen: dict[int, Observed]) -> dict[Unit, QTensor]:
         ready: dict[Any, list[Unit]] = {}
         stats: dict[Any, Observed] = {}
-        shared: dict[Any, Observed] = {}
-        for job in jobs:
-            mine = self._statistics(job, seen, shared)
-            if not job.last:
-                if mine is not None:
-                    self.waiting[job.unit] = mine
-                continue
-            key = self._key(job.unit, mine)
-            ready.setdefault(key, []).append(job.unit)
+        for unit, mine in self.gathered.ready(jobs, seen).items():
+            key = self._key(unit, mine)
+            ready.setdefault(key, []).append(unit)
             if mine is not None:
                 stats[key] = mine
         out: dict[Unit, QTensor] = {}
         for key, units in ready.items():
             out.update(self._solve(units, stats.get(key)))
         return out
-
-    def _statistics(self, job: Job, seen: dict[int, Observed], shared: dict[Any, Observed]) -> Observed | None:
-        target, unit = self.targets[job.unit.path], job.unit
-        if job.skipped:
-            self.skipped[unit] = job.skipped
-        contracted = _unit_axes(target.contracted, unit.at)
-        members = {m: None for m in job.members if m.contracted == contracted}
-        before = self.waiting.pop(unit, None)
-        if not members:
-            return before
-        shape = jnp.shape(held(self.walk.unit_value(unit)))
-        lead = _unit_axes(target.batch, unit.at)
-        if any(tuple(sorted((*m.axes, *(a for a, _ in m.at)))) != lead for m in members):
-            self.skipped[unit] = "its uses share their axes with their inputs in different ways"
-            return before
-        key = (tuple((m.group, m.axes, m.at) for m in members), shape if any(m.at for m in members) else ())
-        if key not in shared:
-            shared[key] = gather_stats(members, seen, shape)
-        return shared[key] if before is None else before.merge(shared[key])
 
     def _key(self, unit: Unit, stats: Observed | None) -> Any:
         """Units that can be solved as the rows of one matrix: the same statistics, the same format."""
@@ -283,7 +262,8 @@ class _Solver:
         return dict(zip(units, out, strict=True))
 
     def _warn_skipped(self, name: str, units: list[Unit], seen: Observed | None) -> None:
-        reasons = sorted({self.skipped[u] for u in units if u in self.skipped})
+        skipped = self.gathered.skipped
+        reasons = sorted({skipped[u] for u in units if u in skipped})
         if seen is None:
             why = ", ".join(reasons) or "no activations reach it"
             warnings.warn(f"{name}: {why}; rounded to nearest", JQuantWarning, stacklevel=2)
@@ -296,7 +276,7 @@ class _Solver:
 
     def _axes(self, unit: Unit) -> Axes:
         target = self.targets[unit.path]
-        return _unit_axes(target.contracted, unit.at), _unit_axes(target.batch, unit.at)
+        return unit_axes(target.contracted, unit.at), unit_axes(target.batch, unit.at)
 
     def prepare(self) -> None:
         """Compiles the solvers that the walk will ask for, as far as its stops tell.
@@ -341,7 +321,7 @@ def _assemble(path: str, target: Target, walk: Walk, units: dict[Unit, QTensor])
     walked = {axis for u in mine for axis, _ in u.at}
     base = _with_zero_side(base, tuple({*target.batch, *walked}), like)
     for unit, q in mine.items():
-        base = _put(base, unit, _with_zero_side(q, _unit_axes(target.batch, unit.at), like))
+        base = _put(base, unit, _with_zero_side(q, unit_axes(target.batch, unit.at), like))
     return base
 
 

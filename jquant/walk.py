@@ -20,10 +20,11 @@ from jquant.core.activation import Activation
 from jquant.core.errors import JQuantError, NonFiniteError
 from jquant.core.per_use import held, holding
 from jquant.core.qtensor import is_qtensor
+from jquant.core.stats import Stats
 from jquant.progress import Progress
 from jquant.trace.function import call_args, call_key, trace_call
 from jquant.trace.line import Line, Sym
-from jquant.trace.observe import Member, Observed, merge_all, nothing
+from jquant.trace.observe import Member, Observed, gather_stats, merge_all, nothing
 from jquant.trace.program import Operand, Part, Unit, plan
 from jquant.trace.streams import Both, Weights, in_both
 
@@ -44,6 +45,7 @@ class Job(NamedTuple):
     skipped: str = ""
 
 
+Axes = tuple[tuple[int, ...], tuple[int, ...]]  # the contracted axes of a weight, and those that are solved apart
 Solve = Callable[[list[Job], dict[int, Observed]], dict[Unit, Any]]
 
 
@@ -72,6 +74,7 @@ class Walk:
       wanted: paths of the leaves to be solved.
       needs: the statistics that are accumulated.
       rounds: path -> how the inputs of a leaf's matmuls will be rounded; the walk rounds them too.
+      label: what is being done, for the line that shows it.
 
     Attributes:
       units: every unit that some stop observes.
@@ -85,7 +88,9 @@ class Walk:
         wanted: set[str],
         needs: frozenset[str],
         rounds: Mapping[str, Activation] = MappingProxyType({}),
+        label: str = "quantizing",
     ):
+        self.label = label
         self.plans: dict[Any, tuple[Line, list[Part]]] = {}
         self.batches = [self._prepare(apply, params, b, wanted, needs, rounds) for b in batches]
         first = self.batches[0].parts
@@ -143,7 +148,7 @@ class Walk:
         """
         done = dict(solved or {})
         runs = len(self.batches)
-        with Progress(len(self) * runs, "quantizing", "steps", done=start * runs) as progress:
+        with Progress(len(self) * runs, self.label, "steps", done=start * runs) as progress:
             for k in range(start, len(self)):
                 jobs, seen = self._stop(k, done, progress)
                 memory.give_back()
@@ -229,6 +234,90 @@ class Walk:
             if self.two:
                 arrays = [Both(*pair) for pair in zip(arrays[::2], arrays[1::2], strict=True)]
             batch.live = dict(zip(live, arrays, strict=True))
+
+
+class Gathered:
+    """Statistics of units, put together from the stops that observe them.
+
+    Args:
+      walk: whose.
+      axes: for each path the axes of the leaf that are contracted, and those that are solved apart.
+
+    Attributes:
+      skipped: units one of whose uses has no statistics, and why.
+    """
+
+    def __init__(self, walk: Walk, axes: Mapping[str, Axes]):
+        self.walk, self.axes = walk, axes
+        self.waiting: dict[Unit, Observed] = {}
+        self.skipped: dict[Unit, str] = {}
+
+    def ready(self, jobs: list[Job], seen: dict[int, Observed]) -> dict[Unit, Observed | None]:
+        """The units that no later stop observes, with what all stops saw, or None. What is the same is one object."""
+        shared: dict[Any, Observed] = {}
+        out: dict[Unit, Observed | None] = {}
+        for job in jobs:
+            mine = self._statistics(job, seen, shared)
+            if job.last:
+                out[job.unit] = mine
+            elif mine is not None:
+                self.waiting[job.unit] = mine
+        return out
+
+    def _statistics(self, job: Job, seen: dict[int, Observed], shared: dict[Any, Observed]) -> Observed | None:
+        (all_contracted, batch), unit = self.axes[job.unit.path], job.unit
+        if job.skipped:
+            self.skipped[unit] = job.skipped
+        contracted = unit_axes(all_contracted, unit.at)
+        members = {m: None for m in job.members if m.contracted == contracted}
+        before = self.waiting.pop(unit, None)
+        if not members:
+            return before
+        shape = jnp.shape(held(self.walk.unit_value(unit)))
+        lead = unit_axes(batch, unit.at)
+        if any(tuple(sorted((*m.axes, *(a for a, _ in m.at)))) != lead for m in members):
+            self.skipped[unit] = "its uses share their axes with their inputs in different ways"
+            return before
+        key = (tuple((m.group, m.axes, m.at) for m in members), shape if any(m.at for m in members) else ())
+        if key not in shared:
+            shared[key] = gather_stats(members, seen, shape)
+        return shared[key] if before is None else before.merge(shared[key])
+
+
+def unit_axes(axes: tuple[int, ...], at: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """Axes of the full leaf as a unit names them, without those that were walked."""
+    gone = {axis for axis, _ in at}
+    return tuple(-sum(b not in gone for b in range(a, 0)) for a in axes if a not in gone)
+
+
+def observe(
+    apply: Callable[..., Any], params: Any, batches: list[Any], axes: Mapping[str, Axes], paths: Iterable[str],
+    needs: frozenset[str], take: Callable[[dict[str, dict[Any, Stats]]], None],
+) -> None:  # fmt: skip
+    """Walks the model as it is, and gives the statistics of each unit away when they are complete.
+
+    In memory are those of one stop, and of units that a later stop observes again: not those of all the model.
+
+    Args:
+      apply, params, batches: as for `quantize`.
+      axes: as for `Gathered`.
+      paths: the leaves to observe.
+      needs: the statistics.
+      take: gets `path -> at -> Stats`, leading axes those of `axes` that were not walked. A unit that can't be observed
+        never comes.
+    """
+    walk = Walk(apply, params, batches, set(paths), needs, label="calibrating")
+    gathered = Gathered(walk, axes)
+
+    def step(jobs: list[Job], seen: dict[int, Observed]) -> dict[Unit, Any]:
+        found: dict[str, dict[Any, Stats]] = {}
+        for unit, mine in gathered.ready(jobs, seen).items():
+            if mine is not None and unit not in gathered.skipped:
+                found.setdefault(unit.path, {})[unit.at] = mine.stats
+        take(found)
+        return {}
+
+    walk.run(step)
 
 
 _decoded: Any = jax.jit(lambda q: q.dequantize())

@@ -52,19 +52,28 @@ class Folding(NamedTuple):
     """What a fold is given.
 
     Attributes:
-      apply, params: the function and its parameters, floats.
+      apply: the function.
+      box: its parameters, floats, alone in a list: a fold that takes them out frees each as it replaces it.
       batches: calibration data, at least one batch; perhaps shapes only.
       formats: path -> format, of the leaves that will be quantized.
-      calibrate: `(params, paths) -> path -> Stats`, with Gram matrices where `gram=True`.
+      calibrate: `(params, paths) -> path -> Stats`, with Gram matrices where `gram=True`; all at once.
+      observe: `(params, paths, needs, take)`: some statistics, unit by unit (a leaf, or a slice of a stacked one),
+        given to `take` as soon as they are known, as `path -> at -> Stats` with `at` as in `trace.program.Unit`.
       activations: path -> how the inputs of its products are rounded, where they are.
     """
 
     apply: Callable[..., Any]
-    params: Any
+    box: list[Any]
     batches: list[Any]
     formats: Mapping[str, Format]
     calibrate: Callable[..., dict[str, Stats]]
+    observe: Callable[..., None]
     activations: Mapping[str, Activation] = MappingProxyType({})
+
+    @property
+    def params(self) -> Any:
+        """What is in the box."""
+        return self.box[0]
 
     def miss(self, name: str, what: str) -> None:
         """Says in a warning what a fold did not find."""
@@ -83,8 +92,8 @@ class Method(NamedTuple):
         leading axis, or None.
       folds: what it does to the model before rounding, in order: `Folding -> params`, the same function of the inputs.
       fold_needs: the statistics that its folds read, likewise; a rotation reads none.
-      needs: the statistics that `solve` reads: a subset of {"gram", "absmax", "mean_abs", "cross"}; empty for methods
-        without data. "cross" has the walk carry the float model's activations too.
+      needs: the statistics that `solve` reads: a subset of {"gram", "absmax", "mean_abs", "peak", "cross"}; empty for
+        methods without data. "cross" has the walk carry the float model's activations too.
       last: what `solve` does is for the codes that there are: nothing may round behind it.
     """
 

@@ -131,11 +131,12 @@ def holding(leaf: Any, value: Any) -> Any:
 
 
 def mapped(x: jax.Array, axis: int, by: Any, transposed: bool) -> jax.Array:
-    """Applies a map to one axis of `x`, in float32: rows times `by`, or times its transpose."""
+    """Applies a map to one axis of `x`, in float32: rows times `by`, or times its transpose. Of numpy's, in numpy."""
     if by is None:
         return x
-    rows = jnp.moveaxis(x, axis, -1)
-    dtype = jnp.float64 if jnp.float64 in (x.dtype, by.dtype) else jnp.float32
+    xp: Any = np if isinstance(x, np.ndarray) and isinstance(by, np.ndarray) else jnp
+    rows = xp.moveaxis(x, axis, -1)
+    dtype = np.float64 if np.float64 in (x.dtype, by.dtype) else np.float32
     wide, by = rows.astype(dtype), by.astype(dtype)
-    out = wide * by if by.ndim == 1 else jnp.matmul(wide, by.T if transposed else by)
-    return jnp.moveaxis(out.astype(x.dtype), -1, axis)
+    out = wide * by if by.ndim == 1 else xp.matmul(wide, by.T if transposed else by)
+    return xp.moveaxis(out.astype(x.dtype), -1, axis)

@@ -25,6 +25,7 @@ class Stats(NamedTuple):
       histogram: of all |x| and their signs, for static ranges, or None where none was asked for.
       cross: `[*batch, n, n]`, the sum of d x^T, or None. d is what the float model's input is more than x, the
         quantized model's: only a walk on both streams knows it.
+      peak: `[*batch, n]`, the largest |x| in tokens of the root mean square 1, or None: what a scale per token meets.
     """
 
     gram: jax.Array | None
@@ -33,6 +34,7 @@ class Stats(NamedTuple):
     tokens: jax.Array
     histogram: Histogram | None = None
     cross: jax.Array | None = None
+    peak: jax.Array | None = None
 
     @property
     def mean_abs(self) -> jax.Array:
@@ -57,6 +59,7 @@ def merge(a: _S, b: _S) -> _S:
         a.tokens + b.tokens,
         _both(merge_histograms, a.histogram, b.histogram),
         _both(add, a.cross, b.cross),
+        _both(jnp.maximum, a.peak, b.peak),
     )
 
 

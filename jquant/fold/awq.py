@@ -36,13 +36,15 @@ def awq(*, grid: int = 20, clip: bool = True, max_shrink: float = 0.5) -> Method
         tried = candidates(x_mean, w_mean, grid)
         return tried[int(np.argmin(weight_losses(group, matrices, tried)))]
 
+    fold_needs = frozenset({"gram", "mean_abs"})
+
     def fold(job: Folding) -> Any:
-        return scaled(job, "awq", choose, gram=True)
+        return scaled(job, "awq", choose, fold_needs)
 
     factors = tuple(1 - i / 20 for i in range(1, int(round(max_shrink * 20)) + 1))
     name = call("awq", grid=(grid, 20), clip=(clip, True), max_shrink=(max_shrink, 0.5))
     solve, needs = (clip_solver(factors), frozenset({"gram"})) if clip else (None, frozenset[str]())
-    return Method(name, solve, needs, (fold,), frozenset({"gram", "mean_abs"}))
+    return Method(name, solve, needs, (fold,), fold_needs)
 
 
 def _means(group: Group, matrices: list[Inputs]) -> tuple[np.ndarray, np.ndarray]:

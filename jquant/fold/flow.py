@@ -58,6 +58,7 @@ class Flow:
         for out in line.outputs:
             self.kill(self.info(out))
         self._kill_fixed()
+        self.leaves, self.values = {}, {}  # a flow outlives the parameters that it was found in
 
     # --- what rules use ---
 

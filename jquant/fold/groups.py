@@ -1,6 +1,6 @@
 """Groups of weights that contract the same channels, whose scale something in front of them can take up."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -146,27 +146,66 @@ class Inputs(NamedTuple):
     same: Any
 
 
-def inputs_of(job: Folding, program: Program, stats: dict[str, Stats], m: Matrix) -> Inputs:
-    """One matrix of a group with its statistics."""
+def _inputs(job: Folding, program: Program, m: Matrix, met: "_Met") -> Inputs:
     w = jnp.asarray(held(program.leaves[m.site.path]))
     weight = _matrices(w, m.site)[m.at].astype(jnp.float32)
-    own = stats[m.site.path]
-    lead = own.tokens.ndim
-    one = jax.tree.map(lambda a: a.reshape(-1, *a.shape[lead:])[m.at], own) if lead else own
-    return Inputs(weight, one, job.formats[m.site.path], (id(own), m.at))
+    lead = met.stats.tokens.ndim
+    one = jax.tree.map(lambda a: a.reshape(-1, *a.shape[lead:])[met.at], met.stats) if lead else met.stats
+    return Inputs(weight, one, job.formats[m.site.path], (id(met.stats), met.at))
+
+
+class _Met(NamedTuple):
+    """Statistics of a unit, and the place of one matrix along their flattened leading axes."""
+
+    stats: Stats
+    at: int
+
+
+def _met(m: Matrix, found: Mapping[str, Mapping[Any, Stats]]) -> _Met | None:
+    """A matrix's own among the statistics of some units; None where they are not there."""
+    sizes = [m.site.shape[a] for a in m.site.batch]
+    where = dict(zip(m.site.batch, map(int, np.unravel_index(m.at, sizes)) if sizes else (), strict=True))
+    for at, stats in found.get(m.site.path, {}).items():
+        walked = {axis for axis, _ in at}
+        if all(where.get(axis) == i for axis, i in at):
+            left = [a for a in m.site.batch if a not in walked]
+            inner = [m.site.shape[a] for a in left]
+            return _Met(stats, int(np.ravel_multi_index([where[a] for a in left], inner)) if left else 0)
+    return None
+
+
+class _Choices:
+    """Chooses for each group as soon as the statistics of all its matrices are there, and keeps none of them."""
+
+    def __init__(self, groups: list[Group], choose: Callable[[Group, list[_Met]], None]):
+        self.waiting: list[tuple[Group, dict[int, _Met]]] = [(g, {}) for g in groups]
+        self.choose = choose
+
+    def take(self, found: Mapping[str, Mapping[Any, Stats]]) -> None:
+        left = []
+        for group, met in self.waiting:
+            for i, m in enumerate(group.matrices):
+                if i not in met and (mine := _met(m, found)) is not None:
+                    met[i] = mine
+            if len(met) == len(group.matrices):
+                self.choose(group, [met[i] for i in range(len(met))])
+            else:
+                left.append((group, met))
+        self.waiting = left
 
 
 def scaled(
-    job: Folding, name: str, choose: Callable[[Group, list[Inputs]], np.ndarray | None], *, gram: bool,
-    wanted: Callable[[Group], bool] = lambda g: True, budget: int = 2**29,
+    job: Folding, name: str, choose: Callable[[Group, list[Inputs]], np.ndarray | None], needs: frozenset[str],
+    wanted: Callable[[Group], bool] = lambda g: True,
 ) -> Any:  # fmt: skip
     """The parameters with the inputs of every group divided by chosen scales, and its weights multiplied by them.
 
+    One pass over the batches; in memory are the statistics of the groups that the walk has met in part.
+
     Args:
       choose: `(group, its matrices) -> s` `[channels]`, or None to leave it.
-      gram: whether `choose` needs Gram matrices.
+      needs: the statistics that `choose` needs.
       wanted: which groups to ask for.
-      budget: bytes of Gram matrices in memory at once; each time that many takes one pass over the batches.
     """
     program = read_program(job.apply, job.params, job.batches[0])
     args, kwargs = call_args(job.batches[0])
@@ -175,37 +214,29 @@ def scaled(
     if found.without:
         job.miss(name, f"nothing in front of {some(found.without)} can take up a scale of its input; left as it is")
     chosen: list[tuple[Group, np.ndarray]] = []
-    for part in _portions([g for g in found.groups if wanted(g)], budget if gram else None):
-        stats = job.calibrate(job.params, list({m.site.path for g in part for m in g.matrices}), gram=gram)
-        for group in part:
-            s = choose(group, [inputs_of(job, program, stats, m) for m in group.matrices])
-            if s is not None and not (s == 1).all():
-                chosen.append((group, s))
 
-    def make(items: list[tuple[Group, np.ndarray]]) -> Fold:
+    def ask(group: Group, met: list[_Met]) -> None:
+        s = choose(group, [_inputs(job, program, m, one) for m, one in zip(group.matrices, met, strict=True)])
+        if s is not None and not (s == 1).all():
+            chosen.append((group, s))
+
+    groups = [g for g in found.groups if wanted(g)]
+    choices = _Choices(groups, ask)
+    if paths := {m.site.path for g in groups for m in g.matrices}:
+        job.observe(job.params, paths, needs, choices.take)
+    for group, _ in choices.waiting:
+        job.miss(name, f"{group} is left as it is: not all of them could be observed")
+
+    def make(items: list[tuple[Group, np.ndarray]]) -> tuple[Fold]:
         scale = np.ones(len(found.flow.labels.root))
         for group, s in items:
             scale[group.classes] = 1 / s
-        return scaling(found.flow, scale)
+        return (scaling(found.flow, scale),)
 
-    good, bad = prove(program, make, chosen)
+    good, bad, made = prove(program, make, chosen)
     warn_refused(name, bad, lambda item: str(item[0]))
-    return apply_fold(make(good), job.params) if good else job.params
-
-
-def _portions(groups: list[Group], budget: int | None) -> Iterator[list[Group]]:
-    """Groups in runs whose Gram matrices fit into `budget` bytes."""
-    part: list[Group] = []
-    held_bytes = 0
-    for group in groups:
-        mine = 4 * max(len(m.channels) for m in group.matrices) ** 2
-        if part and budget is not None and held_bytes + mine > budget:
-            yield part
-            part, held_bytes = [], 0
-        part.append(group)
-        held_bytes += mine
-    if part:
-        yield part
+    program.leaves.clear()
+    return apply_fold(make(good), job.box.pop(), made) if good else job.box.pop()
 
 
 def per_channel(group: Group, values: list[np.ndarray], how: Any, start: float) -> np.ndarray:

@@ -15,7 +15,7 @@ from jquant.core.method import Folding, Method
 from jquant.core.text import call
 from jquant.fold import cayley, objectives
 from jquant.fold.objectives import Objective, Stacks, Turns, group_blocks
-from jquant.fold.rotate import Ready, begun, fold_gains, proven, rotated, start_matrix
+from jquant.fold.rotate import Ready, begun, proven, rotated, start_matrix, without_gains
 from jquant.fold.rotations import Block
 from jquant.progress import Progress
 
@@ -88,17 +88,17 @@ def learned_rotation(
     how = Settings(seed, objective, steps, learning_rate, momentum, batch or _BATCH[objective], checks)
 
     def fold(job: Folding) -> Any:
-        job = job._replace(params=fold_gains(job, "learned_rotation"))  # nothing holds the old ones
         start: Callable[[Block], np.ndarray] = partial(start_matrix, seed)
-        matrix_of = start
-        ready, good = begun(job, "learned_rotation", start, stream, heads)
-        if good and steps:
-            turns = group_blocks(good)
-            matrix_of = _matrices(turns, learn(_OBJECTIVES[objective](job, ready, turns), turns, how), start)
-            memory.give_back()
-        if matrix_of is not start:
-            good = proven(ready._replace(blocks=good), "learned_rotation", matrix_of)
-        return rotated(ready, good, matrix_of)
+        ready = begun(job, "learned_rotation", start, stream, heads)
+        if not (ready.blocks and steps):
+            return rotated(ready, start)
+        ready = without_gains(ready)
+        job = job._replace(box=[ready.params])  # nothing holds the old ones
+        turns = group_blocks(ready.blocks)
+        learned = learn(_OBJECTIVES[objective](job, ready, turns), turns, how)
+        memory.give_back()
+        matrix_of = _matrices(turns, learned, start)
+        return rotated(ready if learned is None else proven(ready, "learned_rotation", matrix_of), matrix_of)
 
     rate = learning_rate if isinstance(learning_rate, int | float) else _named(learning_rate)
     name = call(

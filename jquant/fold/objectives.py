@@ -123,7 +123,8 @@ def network(job: Folding, ready: Ready, turns: Turns) -> Objective:
             def loss(stacks: Stacks, values: list[Any], arrays: list[Any]) -> jax.Array:
                 args, kwargs = rebuild(arrays)
                 params = treedef.unflatten([holding(leaf, v) for (_, leaf), v in zip(flat, values, strict=True)])
-                turned = apply_fold(rotation(ready.flow, turns.blocks, turns.of(stacks)), params, stacks[0].dtype)
+                turn = rotation(ready.flow, turns.blocks, turns.of(stacks))
+                turned = apply_fold((turn,), params, traced=stacks[0].dtype)
                 want = quantized(job.apply)(params, *args, **kwargs)
                 return _divergence(jax.lax.stop_gradient(want), rounded(turned, *args, **kwargs))
 

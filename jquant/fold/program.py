@@ -1,7 +1,8 @@
 """`Program`: what a fold reads of a function, and the proof that a change of its parameters changes nothing else."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -78,8 +79,9 @@ def _numbers(a: Any) -> Any:
     return (np.arange(int(np.prod(a.shape))) % 7).reshape(a.shape).astype(a.dtype)
 
 
-def edit(fold: Fold, path: str, leaf: Any, cuts: Cuts = ()) -> Any:
-    """A leaf (float64, or a PerUse), or the part of it that `cuts` take, changed; the leaf itself where nothing is.
+def edit(folds: Sequence[Fold], path: str, leaf: Any, cuts: Cuts = ()) -> Any:
+    """A leaf (float64, or a PerUse), or the part of it that `cuts` take, changed by folds, one after the other; the
+    leaf itself where nothing is.
 
     A `jax.Array` stays one, in its dtype, and has a derivative if the change has; of a PerUse that may be the value,
     the maps are numbers.
@@ -87,20 +89,32 @@ def edit(fold: Fold, path: str, leaf: Any, cuts: Cuts = ()) -> Any:
     Raises:
       ValueError: it can't be changed so.
     """
-    flow = fold.flow
-    roles = [r for r in flow.outs if r.path == path]
-    if path in flow.fixed or not roles:
+    for fold in folds:
+        leaf = _edit(fold, path, leaf, cuts)
+    return leaf
+
+
+def _changes(fold: Fold, path: str) -> list[Role]:
+    """The ways in which a leaf is read, if the fold may change it."""
+    return [] if path in fold.flow.fixed else [r for r in fold.flow.outs if r.path == path]
+
+
+def _edit(fold: Fold, path: str, leaf: Any, cuts: Cuts) -> Any:
+    flow, roles = fold.flow, _changes(fold, path)
+    if not roles:
         return leaf
     if is_per_use(leaf) or {r.kind for r in roles} == {"dot", "lookup"}:
         return _edit_uses(fold, leaf, {r.kind: r for r in roles})
     [role] = roles
     a, b = flow.affine.get(path, (1.0, 0.0)) if role.kind == "read" else (1.0, 0.0)
-    before = _wide(leaf) * a + b
+    before = _wide(leaf) if (a, b) == (1, 0) else _wide(leaf) * a + b
     after = fold.change(before, _cut(flow, role, "outs", cuts), _cut(flow, role, "ins", cuts))
     if role.kind == "read" and not isinstance(after, jax.Array):
         # a gain that was divided by itself is one, and not one and a rounding error
         after = np.where(np.abs(after - 1) < 1e-15, 1.0, after)
-    return leaf if _same(after, before) else (after - b) / a
+    if _same(after, before):
+        return leaf
+    return after if (a, b) == (1, 0) else (after - b) / a
 
 
 def _wide(leaf: Any) -> Any:
@@ -183,36 +197,61 @@ class Refused(NamedTuple):
     why: str
 
 
-def prove(program: Program, make: Callable[[list[Any]], Fold], items: list[Any]) -> tuple[list[Any], list[Refused]]:
-    """The items whose fold leaves the float64 outputs as they are, to 1e-9 of the largest, and the others.
+class Proof(NamedTuple):
+    """What was proven.
+
+    Attributes:
+      good: the items whose folds change no output.
+      bad: the others.
+      made: by path, leaves that the folds of `good` change, as `apply_fold` gives them, where the proof made them and
+        making them takes products of matrices.
+    """
+
+    good: list[Any]
+    bad: list[Refused]
+    made: dict[str, Any]
+
+
+def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: list[Any]) -> Proof:
+    """The items whose folds leave the float64 outputs as they are, to 1e-9 of the largest, and the others.
 
     All at once where that holds; else halves, and so on. Costs two runs of a few tokens, more only where one fails.
     """
     before = run_wide(program.small, lambda p, cuts: cut_leaf(program.leaves[p], cuts), program.arrays)
     good: list[Any] = []
     bad: list[Refused] = []
-
-    def sort(part: list[Any]) -> None:
-        why = _difference(program, make([*good, *part]), before)
+    made: dict[str, Any] = {}
+    parts = [items] if items else []
+    while parts:  # no function that calls itself: that would hold the parameters until the next garbage collection
+        part = parts.pop(0)
+        made.clear()
+        why = _difference(program, make([*good, *part]), before, made)
         if not why:
             good.extend(part)
         elif len(part) == 1:
             bad.append(Refused(part[0], why))
         else:
-            sort(part[: len(part) // 2])
-            sort(part[len(part) // 2 :])
-
-    if items:
-        sort(items)
-    return good, bad
+            parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
+    return Proof(good, bad, {} if bad else made)
 
 
-def _difference(program: Program, fold: Fold, before: list[np.ndarray]) -> str:
-    """Why a fold is no fold, or ""."""
+def _difference(
+    program: Program, folds: Sequence[Fold], before: list[np.ndarray], made: dict[str, Any]
+) -> str:  # fmt: skip
+    """Why folds are none, or "". Leaves that are changed as a whole, at a cost, are put into `made`."""
+
+    costly = not all(fold.diagonal for fold in folds)
+
+    def changed(path: str, cuts: Cuts) -> Any:
+        leaf = program.leaves[path]
+        wide = cut_leaf(leaf, cuts)
+        done = edit(folds, path, wide, cuts)
+        if not cuts and done is not wide and path not in made and costly:
+            made[path] = _finished(leaf, wide, done)
+        return done
+
     try:
-        after = run_wide(
-            program.small, lambda p, cuts: edit(fold, p, cut_leaf(program.leaves[p], cuts), cuts), program.arrays
-        )
+        after = run_wide(program.small, changed, program.arrays)
     except ValueError as e:
         return str(e)
     for a, b in zip(before, after, strict=True):
@@ -227,32 +266,50 @@ def _difference(program: Program, fold: Fold, before: list[np.ndarray]) -> str:
     return ""
 
 
-def apply_fold(fold: Fold, params: Any, traced: Any = None) -> Any:
-    """Parameters changed: computed in float64, in the dtypes that they had (the maps of a PerUse in float32).
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+def apply_fold(folds: Sequence[Fold], params: Any, made: Mapping[str, Any] = _NONE, *, traced: Any = None) -> Any:
+    """Parameters changed by folds, one after the other: computed in float64, in the dtypes that they had (the maps of a
+    PerUse in float32).
 
     Args:
+      made: what a proof made of them.
       traced: a float dtype, to compute in JAX and in it, with a derivative; the maps of a PerUse must be numbers.
     """
     flat, treedef = flatten_with_paths(params)
-    return treedef.unflatten([_applied(fold, path, leaf, traced) for path, leaf in flat])
+    paths, leaves = [p for p, _ in flat], [leaf for _, leaf in flat]
+    del params, flat  # a leaf that nothing else holds is freed when its successor is there
+    for i, path in enumerate(paths):
+        leaves[i] = made[path] if path in made else _applied(folds, path, leaves[i], traced)
+    return treedef.unflatten(leaves)
 
 
-def _applied(fold: Fold, path: str, leaf: Any, traced: Any) -> Any:
-    if path in fold.flow.fixed or not any(r.path == path for r in fold.flow.outs):
+def _applied(folds: Sequence[Fold], path: str, leaf: Any, traced: Any) -> Any:
+    if not any(_changes(fold, path) for fold in folds):
         return leaf
     inner = leaf if is_per_use(leaf) else np.asarray(leaf) if traced is None else jnp.asarray(leaf)
     if not jnp.issubdtype(inner.dtype, jnp.floating):
         return leaf
     if traced is not None:
         inner = holding(leaf, jnp.asarray(held(leaf)).astype(traced))
-    done = edit(fold, path, inner)
+    return _finished(leaf, inner, edit(folds, path, inner))
+
+
+def _finished(leaf: Any, inner: Any, done: Any) -> Any:
+    """What `edit` made of `inner`, which is `leaf` in float64, in the dtypes of the leaf."""
     if done is inner:
         return leaf
-    if isinstance(done, PerUse):
-        dtype = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
-        maps = {k: None if (m := getattr(done, k)) is None else jnp.asarray(m, dtype) for k in ("lookup", "product")}
-        return done.replace(value=held(leaf), **maps)
-    return jnp.asarray(done if traced is not None else np.asarray(done), leaf.dtype)
+    value = held(leaf) if held(done) is held(inner) else _narrowed(held(done), leaf.dtype)
+    if not isinstance(done, PerUse):
+        return value
+    dtype = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
+    maps = {k: None if (m := getattr(done, k)) is None else jnp.asarray(m, dtype) for k in ("lookup", "product")}
+    return done.replace(value=value, **maps)
+
+
+def _narrowed(a: Any, dtype: Any) -> jax.Array:
+    return jnp.asarray(a if isinstance(a, jax.Array) else np.asarray(a), dtype)
 
 
 def warn_refused(name: str, refused: list[Refused], tell: Callable[[Any], str]) -> None:

@@ -1,19 +1,22 @@
 """Random rotations of the residual stream and of the attention heads, merged into the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jquant.core.method import Folding, Method
+from jquant.core.paths import flatten_with_paths
 from jquant.core.text import call
 from jquant.fold.flow import Flow
 from jquant.fold.hadamard import random_rotation
 from jquant.fold.info import Fold, Role
-from jquant.fold.program import Program, apply_fold, prove, read_program, warn_refused
+from jquant.fold.program import Program, apply_fold, edit, prove, read_program, warn_refused
 from jquant.fold.rotations import Block, find_rotations, rotate_array
 from jquant.fold.scales import find_scales, scaling
+from jquant.fold.wide import cut_leaf
 
 NO_STREAM = "no residual stream was found that could be rotated"
 
@@ -38,23 +41,10 @@ def rotate(seed: int = 0, *, stream: bool = True, heads: bool = True) -> Method:
     """
 
     def fold(job: Folding) -> Any:
-        job = job._replace(params=fold_gains(job, "rotate"))  # nothing holds the old ones
         matrix_of = partial(start_matrix, seed)
-        ready, good = begun(job, "rotate", matrix_of, stream, heads)
-        return rotated(ready, good, matrix_of)
+        return rotated(begun(job, "rotate", matrix_of, stream, heads), matrix_of)
 
     return Method(call("rotate", seed=(seed, 0), stream=(stream, True), heads=(heads, True)), None, folds=(fold,))
-
-
-def begun(
-    job: Folding, name: str, matrix_of: Callable[[Block], np.ndarray], stream: bool, heads: bool
-) -> tuple["Ready", list[Block]]:
-    """Of a model whose gains are folded: what can be rotated, and the blocks that are proven with these matrices."""
-    ready = find_blocks(job, stream, heads)
-    good = proven(ready, name, matrix_of)
-    if stream and not any(b.norm for b in good):
-        job.miss(name, NO_STREAM)
-    return ready, good
 
 
 def start_matrix(seed: int, block: Block) -> np.ndarray:
@@ -63,27 +53,93 @@ def start_matrix(seed: int, block: Block) -> np.ndarray:
     return random_rotation(len(block.labels), rng, block.ones)
 
 
+class Gain(NamedTuple):
+    """The gain of a norm: its role, its classes and their values."""
+
+    role: Role
+    classes: np.ndarray
+    values: np.ndarray
+
+
 class Ready(NamedTuple):
     """A model that can be rotated.
 
     Attributes:
-      params: its parameters, the gains of norms moved into their readers.
+      params: its parameters.
       program: of those.
-      flow: the labels of their channels.
+      scales: the labels of their channels under scales.
+      gains: the gains of norms that are moved into their readers first.
+      flow: the labels of their channels under rotations, once that is done.
       blocks: what may be rotated.
+      made: leaves that a proof of all of this changed (see `prove`).
     """
 
     params: Any
     program: Program
+    scales: Flow
+    gains: list[Gain]
     flow: Flow
     blocks: list[Block]
+    made: Mapping[str, Any] = MappingProxyType({})
 
 
-def find_blocks(job: Folding, stream: bool, heads: bool) -> Ready:
-    """The blocks of a model whose gains are folded: of residual streams, and of what no norm reads."""
+def find_blocks(job: Folding, name: str, stream: bool, heads: bool) -> Ready:
+    """The gains of a model's norms and the blocks: of residual streams, and of what no norm reads."""
     program = read_program(job.apply, job.params, job.batches[0])
-    found = find_rotations(program.line, program.leaves)
-    return Ready(job.params, program, found.flow, [b for b in found.blocks if (stream if b.norm else heads)])
+    scales = find_scales(program.line, program.leaves)
+    gains, refused = find_gains(program, scales)
+    for path, why in refused:
+        job.miss(name, f"the gain {path} is left as it is: {why}")
+    # Whether a gain is one for all channels is asked of what it will be.
+    paths = {r.path for r in scales.outs if r.kind == "read"} if gains else set()
+    then = {p: edit((gain_fold(scales, gains),), p, cut_leaf(program.leaves[p], ())) for p in paths}
+    found = find_rotations(program.line, {**program.leaves, **then})
+    blocks = [b for b in found.blocks if (stream if b.norm else heads)]
+    return Ready(job.params, program, scales, gains, found.flow, blocks)
+
+
+def begun(job: Folding, name: str, matrix_of: Callable[[Block], np.ndarray], stream: bool, heads: bool) -> Ready:
+    """What can be rotated, and is proven with these matrices."""
+    ready = proven(find_blocks(job, name, stream, heads), name, matrix_of)
+    if stream and not any(b.norm for b in ready.blocks):
+        job.miss(name, NO_STREAM)
+    return ready
+
+
+def proven(ready: Ready, name: str, matrix_of: Callable[[Block], np.ndarray]) -> Ready:
+    """With those gains and blocks whose folds are proven to change no output; a warning for each other."""
+
+    def make(items: list[Any]) -> tuple[Fold, ...]:
+        return folds_of(_only(ready, items), matrix_of)
+
+    good, bad, made = prove(ready.program, make, [*ready.gains, *ready.blocks])
+    warn_refused(name, bad, _said)
+    return _only(ready, good)._replace(made=made)
+
+
+def _only(ready: Ready, items: list[Any]) -> Ready:
+    gains = [i for i in items if isinstance(i, Gain)]
+    return ready._replace(gains=gains, blocks=[i for i in items if isinstance(i, Block)])
+
+
+def _said(item: Any) -> str:
+    if isinstance(item, Gain):
+        return f"the gain {item.role.path}"
+    return f"{item.producers[0]} and what it shares {len(item.labels)} channels with"
+
+
+def folds_of(ready: Ready, matrix_of: Callable[[Block], Any]) -> tuple[Fold, ...]:
+    """The folds of the gains and of the blocks."""
+    gains = (gain_fold(ready.scales, ready.gains),) if ready.gains else ()
+    return (*gains, rotation(ready.flow, ready.blocks, matrix_of)) if ready.blocks else gains
+
+
+def gain_fold(flow: Flow, gains: list[Gain]) -> Fold:
+    """The fold that makes gains one."""
+    scale = np.ones(len(flow.labels.root))
+    for g in gains:
+        scale[g.classes] = 1 / g.values
+    return scaling(flow, scale)
 
 
 def rotation(flow: Flow, chosen: list[Block], matrix_of: Callable[[Block], Any]) -> Fold:
@@ -103,46 +159,19 @@ def rotation(flow: Flow, chosen: list[Block], matrix_of: Callable[[Block], Any])
     return Fold(flow, False, change)
 
 
-def proven(ready: Ready, name: str, matrix_of: Callable[[Block], np.ndarray]) -> list[Block]:
-    """The blocks whose rotation is proven to change no output; a warning for each other."""
-    good, bad = prove(ready.program, lambda chosen: rotation(ready.flow, chosen, matrix_of), ready.blocks)
-    warn_refused(name, bad, lambda b: f"{b.producers[0]} and what it shares {len(b.labels)} channels with")
-    return good
+def rotated(ready: Ready, matrix_of: Callable[[Block], np.ndarray]) -> Any:
+    """The parameters after the folds of the gains and of the blocks, proven with these matrices."""
+    return apply_fold(folds_of(ready, matrix_of), ready.params, ready.made)
 
 
-def rotated(ready: Ready, chosen: list[Block], matrix_of: Callable[[Block], np.ndarray]) -> Any:
-    """The parameters with some blocks rotated."""
-    return apply_fold(rotation(ready.flow, chosen, matrix_of), ready.params) if chosen else ready.params
+def without_gains(ready: Ready) -> Ready:
+    """The same model once the gains are moved, its blocks still as they were."""
+    params = apply_fold((gain_fold(ready.scales, ready.gains),), ready.params) if ready.gains else ready.params
+    leaves = dict(zip(ready.program.leaves, (v for _, v in flatten_with_paths(params)[0]), strict=True))
+    return ready._replace(params=params, program=ready.program._replace(leaves=leaves), gains=[], made={})
 
 
-class _Gain(NamedTuple):
-    """The gain of a norm: its role, its classes and their values."""
-
-    role: Role
-    classes: np.ndarray
-    values: np.ndarray
-
-
-def fold_gains(job: Folding, name: str) -> Any:
-    """Moves the gains of norms into the weights that read them."""
-    program = read_program(job.apply, job.params, job.batches[0])
-    flow = find_scales(program.line, program.leaves)
-    gains, refused = find_gains(program, flow)
-
-    def make(chosen: list[_Gain]) -> Fold:
-        scale = np.ones(len(flow.labels.root))
-        for g in chosen:
-            scale[g.classes] = 1 / g.values
-        return scaling(flow, scale)
-
-    good, bad = prove(program, make, gains)
-    warn_refused(name, bad, lambda g: f"the gain {g.role.path}")
-    for path, why in refused:
-        job.miss(name, f"the gain {path} is left as it is: {why}")
-    return apply_fold(make(good), job.params) if good else job.params
-
-
-def find_gains(program: Program, flow: Flow) -> tuple[list[_Gain], list[tuple[str, str]]]:
+def find_gains(program: Program, flow: Flow) -> tuple[list[Gain], list[tuple[str, str]]]:
     """Leaves that scale channels which only weights contract."""
     read = np.zeros(len(flow.labels.root), bool)
     for array in flow.ins.values():
@@ -166,5 +195,5 @@ def find_gains(program: Program, flow: Flow) -> tuple[list[_Gain], list[tuple[st
         if len(np.unique(classes[alive])) < alive.sum():
             refused.append((role.path, "several of its entries scale one channel"))
             continue
-        gains.append(_Gain(role, classes[alive], values[alive]))
+        gains.append(Gain(role, classes[alive], values[alive]))
     return gains, refused

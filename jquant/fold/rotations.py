@@ -333,10 +333,18 @@ def rotate_places(a: Any, where: Places, matrix: Callable[[int], Any]) -> Any:
 
 
 def _turned_here(flat: np.ndarray, parts: list[np.ndarray], matrices: list[np.ndarray]) -> np.ndarray:
-    flat = flat.copy()
+    rows = flat.reshape(-1, flat.shape[-1])
+    out = np.empty_like(rows) if sum(index.size for index in parts) == rows.shape[1] else rows.copy()
     for index, matrix in zip(parts, matrices, strict=True):
-        flat[..., index] = flat[..., index] @ matrix
-    return flat
+        for at in map(_run, index):  # one product of matrices for each copy: many small ones are slow
+            out[:, at] = rows[:, at] @ matrix
+    return out.reshape(flat.shape)
+
+
+def _run(index: np.ndarray) -> Any:
+    """An index as a slice, where it is one: what it takes is not copied."""
+    first = int(index[0])
+    return slice(first, first + len(index)) if np.array_equal(index, np.arange(first, first + len(index))) else index
 
 
 def _turned(flat: Any, parts: list[np.ndarray], matrices: list[jax.Array]) -> jax.Array:

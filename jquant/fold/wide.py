@@ -2,21 +2,24 @@
 
 A model casts to float32 here and there, and rounding hides errors of 1e-7. Here every float is a float64: casts to a
 float dtype do nothing, and products are asked for float64. Parameters are made when they are read and dropped behind,
-so that a large model is never in memory in float64.
+so that a large model is never in memory in float64. Numpy runs what it can (`numbers`), JAX the rest.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.core import kept
+from jquant.core import kept, memory
 from jquant.core.per_use import PerUse, held
-from jquant.trace import compat, interpreter
+from jquant.fold import numbers
+from jquant.trace import compat, interpreter, view
 from jquant.trace.line import Line, Sym
 from jquant.trace.view import Ref
 
@@ -37,9 +40,13 @@ def run_wide(line: Line, leaf: Leaf, arrays: Sequence[Any]) -> list[np.ndarray]:
         env.update({s: _widen(a) for s, a in line.consts.items()})
         left = Counter(a for instr in line.instrs for a in instr.args if isinstance(a, Sym))
         left.update(a for a in line.outputs if isinstance(a, Sym))
+        read = 0
         for instr in line.instrs:
-            values = [_value(a, env, leaf) for a in instr.args]
-            for out, value in zip(instr.outs, _instr(instr, values), strict=True):
+            read += sum(math.prod(a.value.shape) for a in instr.args if isinstance(a, Ref))
+            if read > _LARGE:  # what was made of parameters lies about in the heap
+                memory.give_back()
+                read = 0
+            for out, value in zip(instr.outs, _instr(instr, env, leaf), strict=True):
                 env[out] = value
             for a in instr.args:
                 if isinstance(a, Sym):
@@ -65,17 +72,18 @@ def cut_leaf(leaf: Any, cuts: Sequence[tuple[int, ...]]) -> Any:
 def _widen(x: Any) -> Any:
     if isinstance(x, Ref):
         return x
-    if isinstance(x, int) and not isinstance(x, bool):
-        return jnp.int32(x)
-    dtype = jnp.result_type(x)
-    return jnp.asarray(x, jnp.float64) if jnp.issubdtype(dtype, jnp.floating) else jnp.asarray(x)
+    if isinstance(x, int | float | complex):  # literals, some with a dtype of their own
+        x = np.asarray(x, jnp.result_type(x) if hasattr(x, "dtype") or isinstance(x, bool) else _KINDS[type(x)])
+    x = numbers.plain(x)
+    return x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != np.float64 else x
+
+
+_KINDS = {int: np.int32, float: np.float64, complex: np.complex128}
 
 
 def _value(a: Any, env: dict[Sym, Any], leaf: Leaf) -> Any:
     if isinstance(a, Ref):
-        found = leaf(a.path, a.value.cuts)
-        found = jax.tree.map(jnp.asarray, found)
-        return a.replace(value=found, casts=())
+        return a.replace(value=leaf(a.path, a.value.cuts), casts=())
     if isinstance(a, Sym):
         return env[a]
     return _widen(a)
@@ -96,10 +104,72 @@ class _Reader:
 _READER: Any = _Reader()
 
 
-def _instr(instr: Any, values: list[Any]) -> list[Any]:
+def _instr(instr: Any, env: dict[Sym, Any], leaf: Leaf) -> list[Any]:
+    if any(isinstance(a, Ref) and math.prod(a.value.shape) > _LARGE for a in instr.args):
+        args = [a if isinstance(a, Ref) else _value(a, env, leaf) for a in instr.args]
+        if (out := _in_parts(instr.eqn, args, leaf)) is not None:
+            return [out]
+    values = [_value(a, env, leaf) for a in instr.args]
     if instr.eqn is None:
-        return instr.run(values, _READER, interpreter.Frame())
+        return [numbers.plain(o) for o in instr.run(values, _READER, interpreter.Frame())]
     return _eqn(instr.eqn, values)
+
+
+_LARGE, _PART = 2**23, 2**22  # entries of a leaf that is made in parts, and of such a part
+
+
+def _in_parts(eqn: Any, args: list[Any], leaf: Leaf) -> Any:
+    """A product with a large leaf, or a lookup in it, part by part along an axis; None for anything else."""
+    use = None if eqn is None else interpreter.find_use(eqn, args)
+    if use is None or use.kind not in _PARTS or sum(isinstance(a, Ref) for a in args) > 1:
+        return None
+    try:
+        return _PARTS[use.kind](use, lambda dim: _parts_along(use.ref, dim, leaf), args)
+    except ValueError:  # a change that mixes what lies along that axis wants all of it
+        return None
+
+
+def _parts_along(ref: Ref, dim: int, leaf: Leaf) -> Iterator[tuple[int, int, Callable[[], Ref]]]:
+    """`(start, size, what makes the part)` along a dimension of a view that is a whole axis."""
+    whole = ref.shape[dim]
+    count = min(-(-math.prod(ref.value.shape) // _PART), max(1, whole // 2))
+    for start, end in pairwise(whole * i // count for i in range(count + 1)):
+        part = view.cut(ref, dim, start, end - start)
+        assert part is not None
+        yield start, end - start, partial(_value, part, {}, leaf)
+
+
+def _product_in_parts(use: Any, parts: Any, args: list[Any]) -> Any:
+    contract, batch = use.eqn.params["dimension_numbers"]
+    taken = (*contract[use.which], *batch[use.which])
+    free = [d for d, n in enumerate(use.ref.shape) if d not in taken and n > 1]
+    if len(free) != 1 or view.whole_axis(use.ref, free[0]) is None:
+        return None
+    ndim = use.eqn.outvars[0].aval.ndim
+    # The result has the batch dimensions, the left operand's, the right one's; `free` is one of the leaf's own.
+    own = [d for d in range(len(use.ref.shape)) if d not in taken]
+    at = (len(batch[0]) if use.which == 0 else ndim - len(own)) + own.index(free[0])
+    outs = [_eqn(use.eqn, [make() if a is use.ref else a for a in args])[0] for _, _, make in parts(free[0])]
+    return np.concatenate(outs, at)
+
+
+def _lookup_in_parts(use: Any, parts: Any, args: list[Any]) -> Any:
+    index, dim = np.asarray(use.x), use.how.dim
+    if index.size == 0 or index.min() < 0 or index.max() >= use.ref.shape[dim]:
+        return None
+    out = None
+    for start, n, make in parts(dim):
+        here = (index[..., 0] >= start) & (index[..., 0] < start + n)
+        if not here.any():
+            continue
+        [rows] = _eqn(use.eqn, [make(), np.clip(index - start, 0, n - 1)])
+        offset = use.eqn.params["dimension_numbers"].offset_dims
+        here = np.expand_dims(here, tuple(offset))
+        out = np.where(here, rows, 0.0 if out is None else out)
+    return out
+
+
+_PARTS: dict[str, Callable[..., Any]] = {"dot": _product_in_parts, "lookup": _lookup_in_parts}
 
 
 def _eqn(eqn: Any, values: list[Any]) -> list[Any]:
@@ -124,12 +194,22 @@ def _body(jaxpr: compat.Closed, args: Sequence[Any]) -> list[Any]:
 def _bind(eqn: Any, values: list[Any]) -> list[Any]:
     """One equation in float64."""
     name = eqn.primitive.name
-    if name in _LOOPS:
-        return _LOOPS[name](eqn, values)
-    if name in interpreter.ENTER:
-        return _body(compat.sub_jaxprs(eqn)[0], values)
+    if (rule := numbers.rule_of(name, values)) is not None:
+        out = rule(eqn.params, *values)
+        if out is not NotImplemented:
+            return [out]
     if name == "reduce_precision":
         return values
+    if name in interpreter.ENTER and name not in _LOOPS:
+        return _body(compat.sub_jaxprs(eqn)[0], values)
+    return [numbers.plain(o) for o in _bind_in_jax(eqn, values)]
+
+
+def _bind_in_jax(eqn: Any, values: list[Any]) -> list[Any]:
+    name = eqn.primitive.name
+    values = [jnp.asarray(v) if isinstance(v, np.ndarray | np.generic) else v for v in values]
+    if name in _LOOPS:
+        return _LOOPS[name](eqn, values)
     if name in _NARROW:
         return [
             _widen(o) for o in compat.bind(eqn, *[_narrow(v, x.aval) for v, x in zip(values, eqn.invars, strict=True)])

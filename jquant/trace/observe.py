@@ -23,7 +23,7 @@ _FULL = jax.lax.Precision.HIGHEST
 
 
 # All statistics of one model, by the names a Method asks with; "cross" is of two (see `trace.streams`).
-NEEDS = frozenset({"gram", "absmax", "mean_abs", "histogram"})
+NEEDS = frozenset({"gram", "absmax", "mean_abs", "peak", "histogram"})
 
 
 class Observed(NamedTuple):
@@ -88,7 +88,7 @@ class ObserveReader:
     def __init__(
         self,
         wanted: set[str] | None = None,
-        needs: frozenset[str] = NEEDS - {"histogram"},
+        needs: frozenset[str] = NEEDS - {"peak", "histogram"},
         rounds: Mapping[str, Activation] = MappingProxyType({}),
     ):
         self.wanted, self.needs, self.rounds = wanted, needs, rounds
@@ -200,10 +200,18 @@ def observe_rows(x: jax.Array, needs: frozenset[str], mask: jax.Array | None = N
     absmax = jnp.max(jnp.abs(x), axis=-2, initial=0.0) if "absmax" in needs else None
     size = jnp.sum(jnp.abs(x), axis=-2) if "mean_abs" in needs or gram is None else None
     abs_sum = size if "mean_abs" in needs else None
+    peak = _peak(x) if "peak" in needs else None
     # A sum is finite only if all its terms are: nothing reads the input once more.
     sums = size if gram is None else _diagonal(gram)
     assert sums is not None
-    return Observed(Stats(gram, abs_sum, absmax, tokens), jnp.sum(~jnp.isfinite(sums), axis=-1, dtype=jnp.int32))
+    stats = Stats(gram, abs_sum, absmax, tokens, peak=peak)
+    return Observed(stats, jnp.sum(~jnp.isfinite(sums), axis=-1, dtype=jnp.int32))
+
+
+def _peak(x: jax.Array) -> jax.Array:
+    """The largest |x| of each channel of `[*batch, tokens, n]` where tokens have a root mean square of 1."""
+    size = jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True))
+    return jnp.max(jnp.abs(x) / jnp.where(size > 0, size, 1), axis=-2, initial=0.0)
 
 
 def stats_shapes(needs: frozenset[str], lead: tuple[int, ...], n: int) -> Stats:

@@ -1,5 +1,6 @@
 """A fold changes no output: float64, before and after, to 1e-9 of the largest."""
 
+import glob
 import warnings
 
 import jax
@@ -12,6 +13,8 @@ from jquant.core.per_use import is_per_use
 from jquant.fold.program import read_program
 from jquant.fold.wide import cut_leaf, run_wide
 from jquant.models import build
+from jquant.trace.targets import plan_targets
+from jquant.walk import observe
 from tests.fold.models import BANK, MODELS
 from tests.models.cases import CONFIGS, make_params, make_tokens
 
@@ -41,12 +44,24 @@ def folded(method, apply, params, args):
     sites = jq.find_sites(apply, params, *args).by_path()
     formats = {p: INT4 for p, s in sites.items() if any(x.quantizable for x in s)}
 
+    for fold in method.folds:
+        params = fold(job_of(apply, params, args, formats))
+    return params
+
+
+def job_of(apply, params, args, formats, activations=None):
+    """What `quantize` gives a fold."""
+    sites = jq.find_sites(apply, params, *args)
+    targets = plan_targets(sites, params, jq.Recipe({glob.escape(p): f for p, f in formats.items()}))
+    axes = {p: (t.contracted, t.batch) for p, t in targets.items()}
+
     def calibrate(params, paths, gram=False):
         return jq.calibrate(apply, params, [args], paths=paths, gram=gram)
 
-    for fold in method.folds:
-        params = fold(Folding(apply, params, [args], formats, calibrate))
-    return params
+    def observed(params, paths, needs, take):
+        observe(apply, params, [args], axes, paths, needs, take)
+
+    return Folding(apply, [params], [args], formats, calibrate, observed, activations or {})
 
 
 def error(want, got):
@@ -130,7 +145,8 @@ def test_a_fold_that_is_none_is_not_applied():
         scale = np.ones(len(flow.labels.root))
         for item in items:
             scale[alive[item]] = 2.0 if item % 5 else -1.0  # a negative scale does not commute with relu
-        return scaling(flow, scale)
+        return (scaling(flow, scale),)
 
-    good, bad = prove(program, make, list(range(12)))
+    good, bad, made = prove(program, make, list(range(12)))
     assert [b.item for b in bad] == [0, 5, 10] and len(good) == 9 and all("float64" in b.why for b in bad)
+    assert not made  # what the last run made may be no part of what was proven

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import jquant as jq
 from jquant.core.activation import split_policy
 from jquant.core.formats import decode
-from jquant.core.method import Folding, Rounding
+from jquant.core.method import Rounding
 from jquant.core.paths import flatten_with_paths
 from jquant.core.per_use import is_per_use
 from jquant.core.problem import as_problem
@@ -22,10 +22,10 @@ from jquant.fold import cayley, learned, objectives
 from jquant.fold.hadamard import random_rotation
 from jquant.fold.objectives import group_blocks
 from jquant.fold.program import apply_fold
-from jquant.fold.rotate import find_blocks, fold_gains, rotation, start_matrix
+from jquant.fold.rotate import find_blocks, rotation, start_matrix, without_gains
 from jquant.trace.fake_quant import scaled_error
 from tests.fold.models import BANK, TOKENS, D
-from tests.fold.test_exact import error, folded, widened
+from tests.fold.test_exact import error, folded, job_of, widened
 from tests.interrupts import interrupt_walk
 from tests.problems import weights
 
@@ -44,13 +44,9 @@ def _ready(model, params=None, fmt=INT3, activations=None):
     params = model.params if params is None else params
     sites = jq.find_sites(model.apply, params, *model.args).by_path()
     formats = {p: fmt for p, s in sites.items() if any(x.quantizable for x in s) and p != "embed"}
-
-    def calibrate(params, paths, gram=False):
-        return jq.calibrate(model.apply, params, [model.args], paths=paths, gram=gram)
-
-    job = Folding(model.apply, params, [model.args], formats, calibrate, activations or {})
-    job = job._replace(params=fold_gains(job, "learned_rotation"))
-    ready = find_blocks(job, True, True)
+    job = job_of(model.apply, params, model.args, formats, activations)
+    ready = without_gains(find_blocks(job, "learned_rotation", True, True))
+    job = job._replace(box=[ready.params])
     return job, ready, group_blocks(ready.blocks)
 
 
@@ -105,8 +101,9 @@ def test_a_fold_in_jax_is_the_fold_and_has_its_derivative(name):
         warnings.simplefilter("ignore", jq.JQuantWarning)
         _, ready, turns = _ready(model, widened(model.params))
         stacks = turns.stack(partial(start_matrix, 0), jnp.float64)
-        fold = lambda s: apply_fold(rotation(ready.flow, turns.blocks, turns.of(s)), ready.params, jnp.float64)
-        plain = apply_fold(rotation(ready.flow, turns.blocks, partial(start_matrix, 0)), ready.params)
+        turned = lambda of, **how: apply_fold((rotation(ready.flow, turns.blocks, of),), ready.params, **how)
+        fold = lambda s: turned(turns.of(s), traced=jnp.float64)
+        plain = turned(partial(start_matrix, 0))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), plain, fold(stacks))
         rng = np.random.default_rng(0)
         by = jax.tree.map(lambda a: rng.normal(size=a.shape), plain)
@@ -144,7 +141,7 @@ def test_the_layers_objective_is_the_error_of_what_quantize_returns(name):
         job, ready, turns = _ready(model)
         found = objectives.layers(job, ready, turns)
         got = [float(found.value(turns.stack(partial(start_matrix, 0)), i)) for i in range(found.parts)]
-        after = apply_fold(rotation(ready.flow, turns.blocks, partial(start_matrix, 0)), ready.params)
+        after = apply_fold((rotation(ready.flow, turns.blocks, partial(start_matrix, 0)),), ready.params)
         recipe = objectives.policies(job)
         q = jq.dequantize(jq.quantize(model.apply, after, recipe, jq.rtn(), [model.args]))
         stats = jq.calibrate(model.apply, after, [model.args])

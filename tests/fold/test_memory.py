@@ -1,0 +1,31 @@
+"""A fold of SmolLM2 in little memory: the whole process, its 0.54 GB of parameters among it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+import resource, sys
+import jax, numpy as np
+import jquant as jq, jquant.models
+model = jq.models.load("demo")
+apply, params = model.apply, [model.params]
+del model
+tokens = np.arange(1024, dtype=np.int32).reshape(2, 512) % 40000
+method = jq.chain(jq.parse_method(sys.argv[1]), jq.rtn())
+q = jax.block_until_ready(jq.quantize(apply, params.pop(), {"*embed*": None, "*": jq.W8A8}, method, [tokens]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rotate", "smoothquant", "smoothquant-search", "awq-scales"])
+def test_a_fold_of_smollm2_stays_in_1_5_gb(method):
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", RUN, method], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 1.5
