@@ -19,6 +19,7 @@ from jquant.ops import gpu
 from tests.models.cases import CONFIGS, make_params, make_tokens
 
 TARGET = "__gpu$xla.gpu.triton"
+HOPPERS = 'custom_call_target="mosaic_gpu'  # in a compiled program
 N = 128
 
 

@@ -16,10 +16,9 @@ from jquant.core.paths import map_with_paths
 from pallas_kernels import compat, harness
 from pallas_kernels.gpus import gpu
 from tests.ops.shapes_only import LLAMA_8B, SMOLLM2, quantized_shapes, shape
-from tests.ops.test_gpu import TARGET
+from tests.ops.test_gpu import HOPPERS, TARGET
 
 FLOATS = "(bf16|f16|f32)"
-HOPPERS = 'custom_call_target="mosaic_gpu'
 
 
 def products(config):
