@@ -24,6 +24,7 @@ from pallas_kernels.gpus import gpu
 from pallas_kernels.low_precision_matmul.tilings import choose
 from pallas_kernels.quantized_matmul import upcast
 from pallas_kernels.quantized_matmul.elements import ELEMENTS
+from pallas_kernels.quantized_matmul.rings import group_of
 from pallas_kernels.quantized_matmul.tilings import Tiling
 
 _FLOATS = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
@@ -70,7 +71,7 @@ def low_precision_matmul(
     if 0 in (m, k, n):
         return jnp.zeros((m, n), out_dtype)
     t = tiling or choose(m, n, k, group_size, gpu(device))
-    group = group_size if group_size is not None and group_size < k else 0
+    group = group_of(group_size, k)
     if group % t.block_k:
         raise ValueError(f"low_precision_matmul: block_k {t.block_k} must divide groups of {group}")
     native = a.dtype == jnp.int8 or gpu(device).arch >= 89

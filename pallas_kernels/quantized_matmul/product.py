@@ -170,9 +170,9 @@ def _implementation(options: Options, x: jax.Array, planes: Any, scale: Any, zer
     device = compat.device_of(options.device)
     place: dict[str, Any] = dict(device=device, interpret=options.interpret)
     tiling: Any = options.tiling
-    if name == "auto" and not options.interpret:
-        how = (options.element, options.group_size, x, planes, scale, zero_point)
-        name = "mosaic" if rings.preferred(device, *how) else "triton"
+    if name == "auto" and options.packed and not options.interpret:  # Mosaic's upcasts are inline PTX, all of them
+        weight = (options.element, options.group_size, x, planes, scale, zero_point)
+        name = "mosaic" if rings.preferred(device, *weight) else "triton"
     if name == "xla":
         return xla.quantized_matmul
     if name == "mosaic":

@@ -33,6 +33,7 @@ from pallas_kernels.gpus import gpu
 from pallas_kernels.quantized_matmul import packed as two_at_a_time
 from pallas_kernels.quantized_matmul import upcast
 from pallas_kernels.quantized_matmul.elements import Element, element, plane_widths
+from pallas_kernels.quantized_matmul.rings import group_of
 from pallas_kernels.quantized_matmul.tilings import MIN_LANE_K, Problem, Tiling, choose
 
 
@@ -79,7 +80,7 @@ def parts_of(weight: Weight, t: Tiling) -> int:
 
 def weight_of(name: str, group_size: int | None, k: int, block_k: int | None, dtype: Any) -> Weight:
     """How a kernel whose steps are `block_k` elements (None: any) reads a weight for products in `dtype`."""
-    group = 0 if group_size is None or group_size >= k else group_size
+    group = group_of(group_size, k)
     return Weight(name, group, k, word_bytes(name, group, k, block_k, dtype))
 
 
