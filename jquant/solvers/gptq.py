@@ -23,6 +23,7 @@ Where the authors' code (github.com/IST-DASLab/gptq) differs from this file:
 - here a row that round to nearest serves better keeps round to nearest (measured in E H E^T, H without damping).
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from jquant.core.scales import Outer, spread_outer, spread_rows
 from jquant.core.stats import Stats, checked_gram
 from jquant.core.text import call
 from jquant.solvers import ldlq
-from jquant.solvers.linalg import HIGHEST, damped_udu
+from jquant.solvers.linalg import HIGHEST, damped_udu, row_major
 from jquant.solvers.rtn import search_params, shrink_factors
 
 
@@ -127,13 +128,14 @@ def _solve_one(
     if group is None:
         given = search_params(rows.astype(jnp.float32), fmt, factors) if params is None else params
 
-    h, dead = unit_hessian(gram)
+    h, unit, dead = hessian(gram)
     order = jnp.argsort(-jnp.diagonal(h), stable=True) if act_order else jnp.arange(n)
     if act_order:
-        h, dead = h[order][:, order], dead[order]
-    u, d, damping = damped_udu(h, damp, dead)
+        h, dead = row_major(row_major(h[order])[:, order]), dead[order]
+    u, d, damping = damped_udu(h, damp, dead, unit)
+    w = row_major(rows.T.astype(h.dtype))
     columns = ldlq.Columns(
-        w=rows.T.astype(h.dtype)[order] if act_order else rows.T.astype(h.dtype),
+        w=row_major(w[order]) if act_order else w,
         d=d,
         added=damping + dead,
         block=jnp.zeros_like(order) if fmt.group_size is None else order // fmt.group_size,
@@ -142,6 +144,7 @@ def _solve_one(
     columns, u = ldlq.pad(columns, u, plan)
     scales = None if given is None else ldlq.as_scales(given, fmt, m, h.dtype)
     more = None if first is None else (first[:, order[0]] - rows[:, order[0]]).astype(h.dtype)
+    rtn_error = _rtn_error(columns, ldlq.as_scales(plain, fmt, m, h.dtype), fmt)
     swept = ldlq.sweep(columns, u, scales, _chooser(fmt, factors, plain, m, h.dtype), fmt, plan, more)
     codes = swept.codes[:, jnp.argsort(order)] if act_order else swept.codes[:, :n]
     chosen = given
@@ -149,7 +152,7 @@ def _solve_one(
         scale, zero_point = jax.tree.map(lambda x: x[: fmt.blocks(n)].T, swept.params)
         chosen = BlockParams(scale, zero_point, plain.outer)
 
-    rtn_loss = _rtn_loss(columns, u, ldlq.as_scales(plain, fmt, m, h.dtype), swept.loss, fmt, plan)
+    rtn_loss = _rtn_loss(rtn_error, columns, u, swept.loss, plan)
     better = _better(rtn_loss, swept.loss, fmt, fmt.block == "tensor" and len(factors) > 1)
     pick = lambda a, b: jnp.where(better[:: fmt.tile_rows][: a.shape[0], None], a, b)
     codes = jnp.where(better[:, None], encode(rows, plain, fmt), codes)
@@ -164,10 +167,16 @@ def _solve_one(
 
 def unit_hessian(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     """H with a mean diagonal of 1, `[n, n]`, and 1 where an input channel is dead, else 0, `[n]`."""
+    h, unit, dead = hessian(gram)
+    return h / unit, dead
+
+
+def hessian(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """H `[n, n]`, the mean of its diagonal (1 if that is 0), and 1 where an input channel is dead, else 0, `[n]`."""
     h = gram if gram.dtype == jnp.float64 else gram.astype(jnp.float32)
     diagonal = jnp.diagonal(h)
     mean = jnp.mean(diagonal)
-    return h / jnp.where(mean > 0, mean, 1), (diagonal <= 0).astype(h.dtype)
+    return h, jnp.where(mean > 0, mean, 1), (diagonal <= 0).astype(h.dtype)
 
 
 def _groups_are_dynamic(fmt: Format, n: int) -> bool:
@@ -207,24 +216,32 @@ def _better(rtn: jax.Array, swept: jax.Array, fmt: Format, together: bool) -> ja
     return spread_rows((sums[0] < sums[1])[:, None], tile, m)[:, 0]
 
 
-def _rtn_loss(
-    columns: ldlq.Columns, u: jax.Array, scales: ldlq.Scales, bar: jax.Array, fmt: Format, plan: ldlq.Plan
-) -> jax.Array:
+def _rtn_error(columns: ldlq.Columns, scales: ldlq.Scales, fmt: Format) -> jax.Array:
+    """E of round to nearest, `[n, m]`."""
+    return columns.w - ldlq.round_columns(columns.w, jax.tree.map(lambda x: x[columns.block], scales), fmt)[1]
+
+
+def _rtn_loss(error: jax.Array, columns: ldlq.Columns, u: jax.Array, bar: jax.Array, plan: ldlq.Plan) -> jax.Array:
     """E H E^T of each row rounded to nearest, `[m]`; or a number between `bar` and it, once all rows are above `bar`.
 
-    The sum over k of D_k (E U)_k^2, less what was added to H: it only grows, and its first terms are the cheapest.
+    The sum over k of D_k (E U)_k^2, less what was added to H. It only grows, so the largest terms come first: of each
+    block the quarter of its columns with the largest D_k sum_j U_jk^2, then the next.
     """
     size = plan.sizes[0]
-    scales = jax.tree.map(lambda x: x[columns.block], scales)
-    error = columns.w - ldlq.round_columns(columns.w, scales, fmt)[1]
+    blocks, parts = plan.padded // size, math.gcd(size, 4)
+    value = columns.d * jnp.sum(u * u, axis=0)
+    which = jnp.argsort(-value.reshape(blocks, size)).reshape(blocks, parts, -1)
 
     def undecided(state):
         i, total = state
-        return (i * size < plan.padded) & jnp.any(total < bar)
+        return (i < parts * blocks) & jnp.any(total < bar)
 
     def add(state):
         i, total = state
-        d = lax.dynamic_slice_in_dim(columns.d, i * size, size)
-        return i + 1, total + jnp.dot(d, ldlq.feedback(error, u, i, i + 1, size) ** 2, precision=HIGHEST)
+        block = i % blocks
+        chosen = which[block, i // blocks]
+        terms = ldlq.feedback(error, u, block, block + 1, size, chosen) ** 2
+        return i + 1, total + jnp.dot(columns.d[block * size + chosen], terms, precision=HIGHEST)
 
-    return lax.while_loop(undecided, add, (0, -jnp.dot(columns.added, error**2, precision=HIGHEST)))[1]
+    start = -jnp.sum(columns.added[:, None] * error * error, axis=0)
+    return lax.while_loop(undecided, add, (0, start))[1]

@@ -21,7 +21,7 @@ from jquant.core.formats import BlockParams, Format, decode_codes, encode_scaled
 from jquant.solvers.linalg import HIGHEST, unit_upper_inverse
 
 SUPER = 512  # columns between two passes over all earlier errors: long enough for matmuls to run at full rate
-TILE = 32  # columns whose targets and errors stay in the nearest caches
+TILE = 8  # columns whose targets and errors stay in the nearest caches
 
 
 class Plan(NamedTuple):
@@ -155,7 +155,7 @@ def sweep(
             f = f.at[0].add(jnp.where(i == 0, first, 0))
         out = level(f, part, lax.dynamic_slice(u, (at, at), (size, size)), scales)
         w_then_e = lax.dynamic_update_slice_in_dim(w_then_e, out.error, at, 0)
-        codes = lax.dynamic_update_slice_in_dim(codes, out.codes.T, at, 1)  # transposed in parts: they fit the caches
+        codes = _transposed_into(codes, out.codes, at)
         return (w_then_e, codes, loss + out.loss), out.params
 
     start = columns.w, jnp.zeros((m, plan.padded), jnp.uint8), jnp.zeros(m, columns.w.dtype)
@@ -165,14 +165,30 @@ def sweep(
     return Swept(error, codes, loss, jax.tree.map(_merge, params))
 
 
-def feedback(e: jax.Array, u: jax.Array, i: jax.Array, stop: jax.Array, size: int) -> jax.Array:
-    """sum over blocks j < stop of U[j, i]^T E[j], `[size, m]`: what their errors add to the targets of block i."""
+def _transposed_into(codes: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:
+    """`codes` `[m, k]` with `part` `[size, m]` in its columns from `at` on; few at a time, which the caches hold."""
+    few = math.gcd(len(part), 16)
+
+    def move(i, codes):
+        columns = lax.dynamic_slice_in_dim(part, i * few, few)
+        return lax.dynamic_update_slice_in_dim(codes, columns.T, at + i * few, 1)
+
+    return lax.fori_loop(0, len(part) // few, move, codes)
+
+
+def feedback(
+    e: jax.Array, u: jax.Array, i: jax.Array, stop: jax.Array, size: int, which: jax.Array | None = None
+) -> jax.Array:
+    """sum over blocks j < stop of U[j, i]^T E[j], `[size, m]`: what their errors add to the targets of block i; or to
+    those of its columns `which` `[k]` only, `[k, m]`."""
 
     def add(j, total):
         u_ji = lax.dynamic_slice(u, (j * size, i * size), (size, size))
-        return total + _dot(u_ji, lax.dynamic_slice_in_dim(e, j * size, size))
+        u_ji = u_ji if which is None else u_ji[:, which]
+        return total + dot(u_ji, lax.dynamic_slice_in_dim(e, j * size, size))
 
-    return lax.fori_loop(0, stop, add, jnp.zeros((size, e.shape[1]), e.dtype))
+    rows = size if which is None else len(which)
+    return lax.fori_loop(0, stop, add, jnp.zeros((rows, e.shape[1]), e.dtype))
 
 
 def _level(
@@ -198,9 +214,11 @@ def _level(
     def step(carry, xs):
         error, loss = carry
         at, f_part, columns_part = xs
-        u_part = lax.dynamic_slice_in_dim(u, at, part, axis=1)
-        f_part = f_part + _dot(u_part, error)
-        u_part = lax.dynamic_slice_in_dim(u_part, at, part)
+        if part >= 64:  # a product for each part before this one, else one with them all
+            f_part = f_part + feedback(error, u, at // part, at // part, part)
+        else:
+            f_part = f_part + dot(lax.dynamic_slice_in_dim(u, at, part, axis=1), error)
+        u_part = lax.dynamic_slice(u, (at, at), (part, part))
         out = _level(f_part, columns_part, u_part, scales, sizes[1:], choose, fmt, plan)
         carry = lax.dynamic_update_slice_in_dim(error, out.error, at, 0), loss + out.loss
         return carry, (out.codes, out.params)
@@ -215,16 +233,18 @@ def _level(
 def _tile(f: jax.Array, columns: Columns, u: jax.Array, scales: Scales, fmt: Format) -> Swept:
     """Sweeps column by column."""
     w, d, added, block = columns
+    at = lambda rows: jax.tree.map(lambda x: x[rows], scales)
 
     def column(k, state):
-        error, codes, loss = state
-        target = w[k] + f[k] + _dot(u[:, k], error)
-        code, q = round_columns(target, jax.tree.map(lambda x: x[block[k]], scales), fmt)
-        loss = loss + d[k] * (target - q) ** 2 - added[k] * (w[k] - q) ** 2
-        return error.at[k].set(w[k] - q), codes.at[k].set(code), loss
+        error, targets = state
+        target = w[k] + f[k] + dot(u[:, k], error)
+        q = round_columns(target, at(block[k]), fmt)[1]
+        return error.at[k].set(w[k] - q), targets.at[k].set(target)
 
-    start = jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8), jnp.zeros_like(w[0])
-    error, codes, loss = lax.fori_loop(0, w.shape[0], column, start)
+    error, targets = lax.fori_loop(0, w.shape[0], column, (jnp.zeros_like(w), jnp.zeros_like(w)))
+    # Once more for all columns together, not in the loop: there each of its results would round on its own.
+    codes, q = round_columns(targets, at(block), fmt)
+    loss = jnp.dot(d, (targets - q) ** 2, precision=HIGHEST) - jnp.dot(added, error**2, precision=HIGHEST)
     return Swept(error, codes, loss, None)
 
 
@@ -239,7 +259,7 @@ def round_columns(target: jax.Array, scales: Scales, fmt: Format) -> tuple[jax.A
 
 def corrected(f: jax.Array, w: jax.Array, u: jax.Array) -> jax.Array:
     """The weight that GPTQ would hold when a group starts, `[g, m]`: W_g + (E_prev U_prev,g) inv(U_gg), transposed."""
-    return w + _dot(unit_upper_inverse(u), f)
+    return w + dot(unit_upper_inverse(u), f)
 
 
 def as_scales(params: BlockParams, fmt: Format, m: int, dtype: jnp.dtype) -> Scales:
@@ -250,8 +270,11 @@ def as_scales(params: BlockParams, fmt: Format, m: int, dtype: jnp.dtype) -> Sca
     return Scales(scale, jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale)), zero)
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """a^T b."""
+    if a.ndim == 2 and a.shape[1] >= 64:  # XLA's CPU products are faster where a^T is an array
+        a = lax.optimization_barrier(a.T)
+        return jnp.matmul(a, b, precision=HIGHEST)
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=HIGHEST)
 
 

@@ -7,13 +7,16 @@ done by matmuls here. Everything runs on every device.
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 HIGHEST = lax.Precision.HIGHEST  # never TF32 or bf16 passes: a solver's float32 is float32 on every device
 MAX_DAMPING = 10.0
 
 
-def udu(h: jax.Array, added: jax.Array | float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """H + diag(added) = U D U^T with U unit upper triangular and D diagonal.
+def udu(
+    h: jax.Array, added: jax.Array | float = 0.0, unit: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """H / unit + diag(added) = U D U^T with U unit upper triangular and D diagonal.
 
     With R = U D^1/2 upper triangular, H = R R^T is a Cholesky factorization that begins in the last corner. It goes by
     block columns from the last to the first, each updated by those to its right:
@@ -23,6 +26,7 @@ def udu(h: jax.Array, added: jax.Array | float = 0.0) -> tuple[jax.Array, jax.Ar
     Args:
       h: `[n, n]`, symmetric positive definite; below its diagonal nothing is read.
       added: `[n]` or a scalar.
+      unit: a scalar.
 
     Returns:
       U `[n, n]` and the diagonal of D `[n]`, in the dtype of `h`. Where the sum isn't numerically definite, D isn't
@@ -32,24 +36,27 @@ def udu(h: jax.Array, added: jax.Array | float = 0.0) -> tuple[jax.Array, jax.Ar
     count = 1 if n < 256 else 4 if n < 2048 else 8  # more would be longer to compile
     cuts = [n * i // count for i in range(count + 1)]
     added = jnp.broadcast_to(jnp.asarray(added, h.dtype), n)
-    roots: list[jax.Array] = []
-    diagonals: list[jax.Array] = []
-    units: list[jax.Array] = []
+    u, diagonals = jnp.zeros_like(h), jnp.ones(0, h.dtype)
     for start, stop in reversed(list(zip(cuts, cuts[1:], strict=False))):
-        panel = h[:stop, start:stop]
-        for right in roots:
-            panel = panel - jnp.matmul(right[:stop], right[start:stop].T, precision=HIGHEST)
-        corner = (panel[start:] + jnp.diag(added[start:stop]))[::-1, ::-1]
+        panel = h[:stop, start:stop] / unit
+        if stop < n:  # R_ik R_jk^T = U_ik D_k U_jk^T
+            panel = panel - jnp.matmul(u[:stop, stop:], (u[start:stop, stop:] * diagonals).T, precision=HIGHEST)
+        corner = row_major(panel[start:] + jnp.diag(added[start:stop]))[::-1, ::-1]
         corner = jnp.tril(lax.linalg.cholesky(corner, symmetrize_input=False))
         diagonal = jnp.diagonal(corner)[::-1]
-        above, square = panel[:start], corner[::-1, ::-1]
+        square = jnp.triu(corner[::-1, ::-1] / diagonal, 1) + jnp.eye(stop - start, dtype=h.dtype)
         if start:
-            above = jnp.matmul(above, lower_inverse(corner)[::-1, ::-1].T, precision=HIGHEST)
-        unit = jnp.triu(square / diagonal, 1) + jnp.eye(stop - start, dtype=h.dtype)
-        roots.append(jnp.concatenate([above, square]))
-        diagonals.append(diagonal)
-        units.append(jnp.pad(jnp.concatenate([above / diagonal, unit]), ((0, n - stop), (0, 0))))
-    return jnp.concatenate(units[::-1], axis=1), jnp.concatenate(diagonals[::-1]) ** 2
+            above = jnp.matmul(panel[:start], lower_inverse(corner)[::-1, ::-1].T / diagonal, precision=HIGHEST)
+            u = lax.dynamic_update_slice(u, above, (0, start))
+        u = lax.dynamic_update_slice(u, square, (start, start))
+        diagonals = jnp.concatenate([diagonal**2, diagonals])
+    return u, diagonals
+
+
+def row_major(a: jax.Array) -> jax.Array:
+    """A matrix that XLA is to hold row by row. LAPACK wants contiguous columns, a transposition is free as a layout:
+    left alone, XLA would give either layout to all that the matrix is made of, at the cost of slow copies."""
+    return with_layout_constraint(a, Layout(major_to_minor=(0, 1)))
 
 
 def lower_inverse(lower: jax.Array) -> jax.Array:
@@ -74,14 +81,15 @@ def unit_upper_inverse(u: jax.Array) -> jax.Array:
 
 
 def damped_udu(
-    h: jax.Array, damp: float, added: jax.Array | float = 0.0
+    h: jax.Array, damp: float, added: jax.Array | float = 0.0, unit: jax.Array | float = 1.0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`udu(h, added + damping)` with the smallest damping of damp, 10 damp, 100 damp, ... that makes it finite.
+    """`udu(h, added + damping, unit)` with the smallest damping of damp, 10 damp, 100 damp, ... that makes it finite.
 
     Args:
-      h: `[n, n]`, symmetric, with a mean diagonal of about 1.
+      h: `[n, n]`, symmetric; H / unit has a mean diagonal of about 1.
       damp: the first damping tried. After 0 comes 1e-6; after `MAX_DAMPING` U = D = I is returned.
       added: `[n]` or a scalar, added to the diagonal in any case.
+      unit: a scalar.
 
     Returns:
       U `[n, n]`, the diagonal of D `[n]`, and the damping used, a scalar. All in the dtype of `h`.
@@ -91,7 +99,7 @@ def damped_udu(
     def attempt(state):  # one factorization in the program, so that it compiles once
         _, _, used, damping = state
         identity = lambda h: (jnp.eye(len(h), dtype=h.dtype), jnp.ones_like(h[0]))
-        u, d = lax.cond(damping <= last, lambda h: udu(h, added + damping), identity, h)
+        u, d = lax.cond(damping <= last, lambda h: udu(h, added + damping, unit), identity, h)
         return u, d, jnp.where(damping <= last, damping, used), jnp.maximum(10 * damping, 1e-6)
 
     first = jnp.asarray(damp, h.dtype)
