@@ -64,7 +64,8 @@ def unpack(planes: tuple[jax.Array, ...], bits: int, count: int) -> jax.Array:
     out, left = None, bits
     for width, plane in zip(plane_widths(bits), planes, strict=True):
         left -= width
-        part = _unpack_plane(plane, width, count) << np.uint8(left)
+        part = _unpack_plane(plane, width, count)
+        part = part << np.uint8(left) if left else part  # XLA would make a copy of the codes by shifting nothing
         out = part if out is None else out | part
     assert out is not None
     return out

@@ -19,15 +19,21 @@ from jquant.core.formats import BlockParams, Format
 from jquant.core.qtensor import QTensor
 from jquant.ops import parted
 from jquant.ops.gpu import OUT
-from jquant.ops.operands import floats8, integers
+from jquant.ops.operands import Side, floats8, integers
 from pallas_kernels.low_precision_matmul import low_precision_matmul
 from pallas_kernels.low_precision_matmul.triton import why_not as why_no_kernel
 
 OPERANDS = {"int": integers, "fp8": floats8}
 
 
+def _weights(kind: str, codes: jax.Array, zero: jax.Array | None, fmt: Format) -> Side:
+    """The weight as the kernel reads it: codes of 8 bits as they are kept, with no pass over them."""
+    side = OPERANDS[kind](codes, zero, fmt)
+    return side._replace(codes=codes) if kind == "int" and fmt.bits == 8 and not fmt.symmetric else side
+
+
 class Operand(NamedTuple):
-    """Int8 or fp8 codes `[*batch, tokens, n]` or `[*batch, *others, n]`, and what multiplies and is taken from them.
+    """Int8 (of a weight also uint8, 128 more) or fp8 codes `[*batch, tokens, n]` or `[*batch, *others, n]`, and what multiplies and is taken from them.
 
     Scale float32, zero point int32 or None: `[*batch, tokens, 1]`, `[*batch, *others (or 1), blocks]`.
     """
@@ -82,7 +88,7 @@ def dot(
     scale, zero = q.row_params()
     input_zero = None if params.zero_point is None else each(params.zero_point)
     a = OPERANDS[kind](codes, input_zero, q.activation.format)
-    u = OPERANDS[kind](q.unpacked(), zero, q.format)
+    u = _weights(kind, q.unpacked(), zero, q.format)
     x = Operand(a.codes, each(params.scale.astype(jnp.float32)), a.zero)
     w = jax.tree.map(lambda a: jnp.moveaxis(a, first, range(len(first))), Operand(u.codes, scale, u.zero))
     how = _How(q.format.group_size, jnp.dtype(out_dtype), interpret)

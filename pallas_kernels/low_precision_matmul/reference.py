@@ -19,7 +19,7 @@ def low_precision_matmul(
     """`a` `[M, K]` times `b` `[N, K]` transposed, both int8 or both float8: `[M, N]`, calculated in float32.
 
     Args:
-      a, b: the codes.
+      a, b: the codes. A uint8 `b` stands for the int8 that are 128 less: who keeps codes so needs no copy.
       a_scale, b_scale: `[M (or 1), blocks]` and `[N (or 1), blocks]`, blocks = 1 or ceil(K / group_size) each.
       group_size: elements along K that share a scale; None where all of a row do.
       out_dtype: of the result.
@@ -31,4 +31,6 @@ def low_precision_matmul(
         scale = scale.astype(jnp.float32)
         return codes.astype(jnp.float32) * (scale if scale.shape[-1] == 1 else scale[..., block])
 
+    if b.dtype == jnp.uint8:
+        b = b.astype(jnp.int32) - 128
     return jnp.matmul(decoded(a, a_scale), decoded(b, b_scale).T, precision="highest").astype(out_dtype)

@@ -32,7 +32,7 @@ _FLOATS = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
 
 def why_not(a: Any, b: Any, group_size: int | None) -> str | None:
     """Why this kernel can't do a product of two dtypes; None where it can."""
-    names = jnp.dtype(a).name, jnp.dtype(b).name
+    names = jnp.dtype(a).name, "int8" if jnp.dtype(b) == jnp.uint8 else jnp.dtype(b).name
     if names[0] != names[1] or not (names[0] == "int8" or names[0] in _FLOATS):
         return f"{names[0]} x {names[1]} is no product of a tensor core"
     if group_size is not None and (group_size & -group_size) < 32:
@@ -117,6 +117,8 @@ def _kernel(
                 upcast.small_floats(c.astype(jnp.uint16), ELEMENTS[e], jnp.dtype("float16"))
                 for c, e in zip((a, b), elements)
             )
+        elif b.dtype == jnp.uint8:
+            b = lax.bitcast_convert_type(b ^ 128, jnp.int8)
         sums = compat.dot(b, a.T)
         return acc + (sums.astype(jnp.float32) * scales((first + i) * t.block_k // group) if group else sums)
 

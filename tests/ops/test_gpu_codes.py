@@ -278,3 +278,5 @@ def test_programs_with_rounded_inputs_compile_without_spills(device, fmt, act, t
     [kernel] = program.named(f"{name}_matmul")
     assert kernel.spill_bytes == 0 and kernel.shared_bytes <= gpu(device).shared_per_block
     assert not re.search(r"= (bf16|f16|f32)\[(512,1024|1024,512)\]", program.hlo)  # no float copy of the weight
+    whole = r"= (u8|s8|f8\w+)\[512,1024\]\S* (fusion|copy)\("
+    assert fmt.bits < 8 or not re.search(whole, program.hlo), "the codes are copied in every call"

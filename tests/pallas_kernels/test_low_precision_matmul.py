@@ -42,6 +42,17 @@ def test_the_product_is_right(dtype, group):
     check(operands(dtype, 5, 20, 70, group), group)
 
 
+@pytest.mark.parametrize("group", [None, 32])
+def test_uint8_stand_for_the_int8_that_are_128_less(group):
+    a, b, *scales = operands("int8", 5, 20, 70, group)
+    moved = (b.astype(jnp.int32) + 128).astype(jnp.uint8)
+    how = dict(group_size=group, out_dtype=jnp.float32)
+    kernel = lambda b: low_precision_matmul(a, b, *scales, tiling=SMALL, interpret=interpreted(), **how)
+    np.testing.assert_array_equal(kernel(moved), kernel(b))
+    plain = lambda b: reference.low_precision_matmul(a, b, *scales, **how)
+    np.testing.assert_array_equal(plain(moved), plain(b))
+
+
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 def test_a_gpu_without_fp8_multiplies_the_same_numbers_in_float16(dtype):
     check(operands(dtype, 5, 20, 70), device="a100")
