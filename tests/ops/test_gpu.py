@@ -16,6 +16,7 @@ from jquant import ops
 from jquant.core.formats import BlockParams, Format, compute_params, decode, parse_format
 from jquant.core.qtensor import encode_array, to_rows
 from jquant.ops import gpu
+from pallas_kernels import harness
 from tests.models.cases import CONFIGS, make_params, make_tokens
 
 TARGET = "__gpu$xla.gpu.triton"
@@ -165,3 +166,16 @@ def test_shardings_in_types_have_no_kernel():
     q = jax.device_put(weight("int8", 8), NamedSharding(mesh, P()))
     assert "explicit" in gpu.why_not(x, q, (), x.dtype, x.dtype)
     assert gpu.why_not(jax.device_get(x), jax.device_get(q), (), x.dtype, x.dtype) is None
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not()))
+@pytest.mark.parametrize("rows", [1, 16, 128])
+def test_bias_and_residual_cost_no_pass_where_a_sum_is_split(rows):
+    """XLA adds them where it adds the parts: in the shapes that end on the residual stream, no kernel more."""
+    q = jax.eval_shape(lambda: weight("int4-g128", 1024, n=4096).astype(jnp.bfloat16))
+    x, bias, residual = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, 4096), (1024,), (rows, 1024)))
+    product = jq.quantized(lambda q, x: x @ q.T)
+    plain = harness.compile_for("h100", product, q, x)
+    more = harness.compile_for("h100", lambda q, x, b, r: r + (product(q, x) + b), q, x, bias, residual)
+    assert len(more.kernels) == len(plain.kernels) > 1
