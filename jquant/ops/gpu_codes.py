@@ -33,9 +33,10 @@ def _weights(kind: str, codes: jax.Array, zero: jax.Array | None, fmt: Format) -
 
 
 class Operand(NamedTuple):
-    """Int8 (of a weight also uint8, 128 more) or fp8 codes `[*batch, tokens, n]` or `[*batch, *others, n]`, and what multiplies and is taken from them.
+    """Codes `[*batch, tokens, n]` or `[*batch, *others, n]`, and what multiplies them and what is taken from them.
 
-    Scale float32, zero point int32 or None: `[*batch, tokens, 1]`, `[*batch, *others (or 1), blocks]`.
+    Codes are int8 (those of a weight also uint8: 128 more) or fp8; the scale is float32, the zero point int32 or None,
+    both `[*batch, tokens, 1]` or `[*batch, *others (or 1), blocks]`.
     """
 
     codes: jax.Array
