@@ -130,6 +130,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "squeeze": lambda params, x: x.squeeze(tuple(params["dimensions"])),
     "expand_dims": lambda params, x: np.expand_dims(x, params["dimensions"]),
     "concatenate": lambda params, *xs: np.concatenate(xs, params["dimension"]),
+    "stack": lambda params, *xs: np.stack(xs, params["axis"]),
+    "tile": lambda params, x: np.tile(x, params["reps"]),
     "slice": _sliced,
     "select_n": _selected,
     "iota": _iota,

@@ -76,6 +76,20 @@ def _split(flow: "Flow", eqn: Any, infos: list[Info], shapes: Any) -> list[Info]
     return out
 
 
+def _unstack(flow: "Flow", eqn: Any, infos: list[Info], shapes: Any) -> list[Info]:
+    info, out = infos[0], []
+    axis = eqn.params["axis"] % info.labels.ndim
+    vary = (*info.vary[:axis], *info.vary[axis + 1 :])
+    for i in range(len(shapes)):
+        index = [slice(None)] * info.labels.ndim
+        index[axis] = slice(i, i + 1)
+        before, flow.here = flow.here, flow.here + (i + 1 << 32)
+        part = _take(flow, info, index)
+        out.append(part._replace(labels=part.labels.squeeze(axis), vary=vary))
+        flow.here = before
+    return out
+
+
 def _dynamic_slice(flow: "Flow", eqn: Any, infos: list[Info], shapes: Any) -> list[Info] | None:
     cut = [a != b for a, b in zip(eqn.invars[0].aval.shape, shapes[0], strict=True)]
     if any(c and n > 1 for c, n in zip(cut, infos[0].labels.shape, strict=True)) or any(
@@ -96,6 +110,24 @@ def _concatenate(flow: "Flow", eqn: Any, infos: list[Info], shapes: Any) -> list
     if not any(i.labels.any() for i in infos):
         return [plain(shapes[0])._replace(vary=tuple(vary))]
     return [Info(np.concatenate(parts, axis), tuple(vary), square=any(i.square for i in infos))]
+
+
+def _stack(flow: "Flow", eqn: Any, infos: list[Info], shapes: Any) -> list[Info]:
+    axis = eqn.params["axis"] % len(shapes[0])
+    vary = [any(v) for v in zip(*(i.vary for i in infos), strict=True)]
+    vary.insert(axis, len(infos) > 1)
+    if not any(i.labels.any() for i in infos):
+        return [plain(shapes[0])._replace(vary=tuple(vary))]
+    full = np.broadcast_shapes(*(i.labels.shape for i in infos))
+    labels = np.stack([np.broadcast_to(i.labels, full) for i in infos], axis)
+    return [Info(labels, tuple(vary), square=any(i.square for i in infos))]
+
+
+def _tile(flow: "Flow", eqn: Any, infos: list[Info], shapes: Any) -> list[Info]:
+    """Copies: what a dimension's labels depend on comes again, in order."""
+    info = infos[0]
+    reps = [r if n > 1 else 1 for r, n in zip(eqn.params["reps"], info.labels.shape, strict=True)]
+    return [info._replace(labels=np.tile(info.labels, reps))]
 
 
 def _rev(flow: "Flow", eqn: Any, infos: list[Info], shapes: Any) -> list[Info]:
@@ -131,8 +163,11 @@ REARRANGE: dict[str, Rule] = {
     "squeeze": _squeeze,
     "slice": _slice,
     "split": _split,
+    "unstack": _unstack,
     "dynamic_slice": _dynamic_slice,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "tile": _tile,
     "rev": _rev,
     "gather": _gather,
 }

@@ -17,11 +17,11 @@ def is_ref(x: Any) -> bool:
     return isinstance(x, Ref)
 
 
-def row_of(stack: Ref, i: int) -> Ref:
+def row_of(stack: Ref, i: int, axis: int = 0) -> Ref:
     """Slice `i` of a stacked view."""
-    out = view.cut(stack, 0, i, 1)
+    out = view.cut(stack, axis, i, 1)
     assert out is not None
-    return out.replace(dims=out.dims[1:])
+    return out.replace(dims=(*out.dims[:axis], *out.dims[axis + 1 :]))
 
 
 def _one(ref: Ref | None) -> list[Ref] | None:
@@ -84,6 +84,13 @@ def _split(ref: Ref, eqn: Any, _: Any) -> list[Ref] | None:
     return None if any(r is None for r in out) else [r for r in out if r is not None]
 
 
+def _unstack(ref: Ref, eqn: Any, _: Any) -> list[Ref] | None:
+    axis = eqn.params["axis"] % len(ref.shape)
+    if any(view.cut(ref, axis, i, 1) is None for i in range(ref.shape[axis])):
+        return None
+    return [row_of(ref, i, axis) for i in range(ref.shape[axis])]
+
+
 REARRANGE: dict[str, Callable[[Ref, Any, list[Any]], list[Ref] | None]] = {
     "reshape": lambda ref, eqn, _: (
         None if eqn.params.get("dimensions") else _one(view.reshape(ref, eqn.params["new_sizes"]))
@@ -95,6 +102,7 @@ REARRANGE: dict[str, Callable[[Ref, Any, list[Any]], list[Ref] | None]] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "split": _split,
+    "unstack": _unstack,
     "copy": lambda ref, eqn, _: [ref],
     "copy_p": lambda ref, eqn, _: [ref],
     "sharding_constraint": lambda ref, eqn, _: [ref],

@@ -51,6 +51,34 @@ def test_a_decoder_has_all_of_them(name):
     assert values == [config.num_kv_heads * config.head_dim] * config.num_layers  # one scale for the heads of a group
 
 
+def test_copies_and_stacks_are_looked_through():
+    """Key heads copied by `tile`, queries, keys and values apart by `unstack`, a rotation of pairs by `stack`."""
+    groups, size, width = 2, 4, 6
+    rng = np.random.default_rng(0)
+    p = {name: rng.normal(size=s).astype(np.float32) for name, s in {
+        "embed": (16, width), "gain": (width,), "qkv": (width, 3 * groups * size), "o": (2 * groups * size, width),
+    }.items()}  # fmt: skip
+
+    def turned(x):  # of neighbouring channels, as rotary embeddings do
+        a, b = jax.numpy.unstack(x.reshape(*x.shape[:-1], size // 2, 2), axis=-1)
+        return jax.numpy.stack([-b, a], axis=-1).reshape(x.shape)
+
+    def apply(p, tokens):
+        x = p["embed"][tokens]
+        y = x / jax.numpy.sqrt((x * x).mean(-1, keepdims=True)) * p["gain"]
+        parts = (y @ p["qkv"]).reshape(len(tokens), 3, groups, 1, size)
+        q, k, v = (jax.numpy.tile(a, (1, 1, 2, 1)) for a in jax.numpy.unstack(parts, axis=1))
+        q, k = q + turned(q), k + turned(k)
+        weights = jax.nn.softmax(jax.numpy.einsum("tgrk,sgrk->grts", q, k))
+        mixed = jax.numpy.einsum("grts,sgrk->tgrk", weights, v)
+        return jax.numpy.tanh(x + mixed.reshape(len(tokens), -1) @ p["o"]) @ np.ones((width, 2), np.float32)
+
+    folds = jq.find_folds(apply, p, np.arange(5))
+    readers = {f.readers: f.channels for f in folds.of("scale")}
+    assert readers == {("qkv",): width, ("o",): groups * size}  # the copies of a head share a scale
+    assert [f.channels for f in folds.of("rotation")] == [size] * groups
+
+
 def test_shapes_are_enough():
     model = BANK["fused"]
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (model.params, model.args))

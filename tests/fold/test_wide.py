@@ -37,6 +37,7 @@ CASES = {
     "reshape": (lambda x: jax.lax.reshape(x, (6, 4)), X), "transpose": (lambda x: jnp.transpose(x, (2, 0, 1)), X),
     "squeeze": (lambda x: jax.lax.squeeze(x[:1], (0,)), X), "expand_dims": (lambda x: jnp.expand_dims(x, 1), X),
     "concatenate": (lambda x, y: jnp.concatenate([x, y, x], 1), X, Y),
+    "stack": (lambda x, y: jnp.stack([x, y], 1), X, Y), "tile": (lambda x: jnp.tile(x, (2, 1, 3)), X),
     "slice": (lambda x: jax.lax.slice(x, (0, 1, 0), (2, 3, 4), (1, 1, 3)), X),
     "select_n": (lambda x, y: jnp.where(x > 1, x, y), X, Y),
     "iota": (lambda x: x + jax.lax.broadcasted_iota(jnp.int32, (2, 3, 4), 1), N),

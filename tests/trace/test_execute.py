@@ -238,6 +238,8 @@ SLICES = {
     "slice_of_slice": lambda w, i: w[1:][i - 1:][0] if isinstance(i, int) else w[1:4][i - 1],
     "last_axis": lambda w, i: w[:, :, 1:3],
     "contracted_axis": lambda w, i: w[:, 1:5],
+    "unstacked": lambda w, i: jnp.unstack(w)[2],
+    "unstacked_inner": lambda w, i: jnp.unstack(w, axis=-1)[1],
     "strided": lambda w, i: w[::2],
     "reversed": lambda w, i: w[::-1],
     "empty": lambda w, i: w[2:2],
@@ -253,6 +255,14 @@ def test_slices_have_numpys_and_jaxs_meaning(name: str):
         q = model_bank.rtn(w, fmt, (-2,))
         for i in (np.int32(1), np.int32(3)):
             np.testing.assert_array_equal(run(q, i), reference(dequantize(q), i))
+
+
+def test_the_slices_of_an_unstacked_leaf_run_on_their_codes():
+    fn = lambda p, x: sum(x @ w for w in jnp.unstack(p["w"]))
+    p, x = params(w=(3, 8, 6)), jnp.ones((2, 8))
+    q = jq.quantize(fn, p, FORMATS[1], jq.rtn(), [x])
+    assert [r.fused for r in jq.explain(fn, q, x)] == [True] * 3
+    np.testing.assert_allclose(jq.quantized(fn)(q, x), fn(dequantize(q), x), rtol=1e-5)
 
 
 # --- numbers of other kinds ---
