@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import compat
-from pallas_kernels.decode_attention import triton
+from pallas_kernels.decode_attention import reading, triton
 from pallas_kernels.decode_attention.layout import Coded, Layout, Rules, State
 from pallas_kernels.decode_attention.tilings import Problem, Tiling, choose
 from pallas_kernels.gpus import gpu
@@ -23,7 +23,7 @@ def why_not(
       page_size: slots of a page, 0 without pages.
     """
     for name, layout in zip(("keys", "values"), layouts):
-        reason = triton.why_not(layout, dim, rows, page_size, name == "keys")
+        reason = reading.why_not(layout, dim, rows, page_size, name == "keys")
         if reason is not None:
             return f"{name}: {reason}"
     return None
@@ -74,11 +74,11 @@ def decode_attention(
     if reason is not None:
         raise ValueError(f"decode_attention: no kernel: {reason}; use reference.decode_attention")
     slots = keys.codes[0].shape[2] if table is None else table.shape[1] * rules.page_size
-    largest = triton.largest_block(rules.page_size)
+    largest = reading.largest_block(rules.page_size)
     t = tiling or choose(problem(q.shape, keys, values, layouts, slots, largest), device, gpu(device))
     if t.block < 16 or t.block & (t.block - 1) or t.block > largest:
         raise ValueError(f"decode_attention: block {t.block} must be a power of two from 16 to {largest}")
-    views = triton.view_of(keys, layouts[0], dim), triton.view_of(values, layouts[1], dim, max(16, 8 * t.warps))
+    views = reading.view_of(keys, layouts[0], dim), reading.view_of(values, layouts[1], dim, max(16, 8 * t.warps))
     ranges = _ranges(at, end, end if written is None else written, slots, rules)
     factor = _factor(keys, views[0].unit, rules.scale)
     parts = triton.partial_states(
@@ -121,6 +121,6 @@ def problem(
     arrays = [a for c in (keys, values) for a in (*c.codes, c.scale, c.zero_point) if a is not None]
     per_token = sum(a.dtype.itemsize * a.size / (keys.codes[0].size // keys.codes[0].shape[-1]) for a in arrays)
     doubled = any(c.codes[0].dtype in (jnp.float32, jnp.float16) for c in (keys, values))
-    views = [triton.view_of(c, layout, dim) for c, layout in zip((keys, values), layouts)]
+    views = [reading.view_of(c, layout, dim) for c, layout in zip((keys, values), layouts)]
     style = "/".join(v.scales + (str(v.chunks) if v.scales == "group" else "") for v in views)
     return Problem(batch, kv_heads, rows, slots, dim, per_token, largest, doubled, style)

@@ -20,7 +20,7 @@ Slots outside of a sequence's range are masked: they are not read.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,134 +30,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import compat
-from pallas_kernels.decode_attention.layout import Coded, Layout, Rules, State
+from pallas_kernels.decode_attention import reading
+from pallas_kernels.decode_attention.layout import Coded, Rules, State
+from pallas_kernels.decode_attention.reading import BFLOAT16, Block, Reader, View, arrays_of, both_of, columns_of
 from pallas_kernels.decode_attention.tilings import Tiling
 from pallas_kernels.gpus import gpu
-from pallas_kernels.quantized_matmul import packed as two_at_a_time
-from pallas_kernels.quantized_matmul import upcast
-from pallas_kernels.quantized_matmul.elements import Element, plane_widths
 
 ROWS = 8  # queries of a program: twice as many are the rows of a tensor core
-LEAST = 16  # elements that a tensor core contracts at once, and columns that it has at least
-BFLOAT16 = jnp.bfloat16
-
-
-class View(NamedTuple):
-    """How a kernel reads keys, or values: what is known before the program runs.
-
-    Attributes:
-      layout: what the codes stand for.
-      dim: channels.
-      lanes: codes of a word.
-      scales: where they are multiplied: "none", "token", "group", "element" or "channel".
-      scale_dtype: as stored.
-      zeros: whether there are zero points.
-      least: columns of a block of words at least.
-    """
-
-    layout: Layout
-    dim: int
-    lanes: int = 1
-    scales: str = "none"
-    scale_dtype: str = ""
-    zeros: bool = False
-    least: int = LEAST
-
-    @property
-    def chunks(self) -> int:
-        """Parts of the channels whose products are apart: groups, where scales multiply sums."""
-        return -(-self.dim // self.layout.group) if self.scales == "group" else 1
-
-    @property
-    def words(self) -> int:
-        """Words of a vector."""
-        return -(-self.dim // self.lanes)
-
-    @property
-    def chunk_words(self) -> int:
-        return self.layout.group // self.lanes if self.scales == "group" else self.words
-
-    @property
-    def width(self) -> int:
-        """Columns of a block of words: a power of two, at least `least`."""
-        return max(self.least, _power(self.chunk_words))
-
-    @property
-    def groups(self) -> int:
-        """Scales of a token."""
-        return -(-self.dim // self.layout.group) if self.layout.group else 1
-
-    @property
-    def two(self) -> bool:
-        """Whether an element is the sum of two bfloat16 numbers."""
-        return self.layout.element is None and self.scale_dtype != "bfloat16"
-
-    @property
-    def unit(self) -> float:
-        """What the decoded elements are still to be multiplied with."""
-        e = self.layout.element
-        return 1 / upcast.small_float_unit(e) if e is not None and e.kind == "float" else 1.0
-
-
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def view_of(coded: Coded, layout: Layout, dim: int, least: int = LEAST) -> View:
-    """How the arrays are read. `scale_dtype` of floats is their own dtype.
-
-    `least` columns of a block: of keys those are contracted, `LEAST` at once; of values every warp has 8.
-    """
-    e, group = layout.element, layout.group if layout.group < dim else 0
-    layout = layout._replace(group=group)
-    if e is None:
-        return View(layout, dim, scale_dtype=coded.codes[0].dtype.name, least=least)
-    name = "" if coded.scale is None else coded.scale.dtype.name
-    zeros = coded.zero_point is not None
-    if layout.tokens > 1 or not group:
-        kind = "channel" if layout.tokens > 1 else "none" if coded.scale is None else "token"
-        return View(layout, dim, _lanes(e, dim, least), kind, name, zeros, least)
-    lanes = _lanes(e, group, least)
-    on_sums = group == _power(group) and group // lanes >= least
-    if on_sums:
-        return View(layout, dim, lanes, "group", name, zeros, least)
-    return View(layout, dim, _lanes(e, dim, least), "element", name, zeros, least)
-
-
-def _lanes(e: Element, channels: int, least: int) -> int:
-    """Codes of a word of 2 bytes where that leaves enough words, else of one of 1."""
-    if e.bits in (2, 4, 8) and channels % upcast.lanes(e.bits, 2) == 0 and channels // upcast.lanes(e.bits, 2) >= least:
-        return upcast.lanes(e.bits, 2)
-    return upcast.lanes(e.bits)
-
-
-def why_not(layout: Layout, dim: int, rows: int = 1, page_size: int = 0, keys: bool = True) -> str | None:
-    """Why this kernel can't read keys or values of a layout; None where it can."""
-    e, group = layout.element, layout.group if layout.group < dim else 0
-    if rows > 32:
-        return f"{rows} queries of a kv head; it is for at most 32"
-    if dim > 512:
-        return f"head_dim {dim} is above 512"
-    if page_size and page_size & -page_size < LEAST:
-        return f"pages of {page_size} slots are cut at no power of two of {LEAST}"
-    if e is None:
-        return None
-    if len(plane_widths(e.bits)) > 1 and dim % 8:
-        return f"codes of {e.bits} bits lie in planes, whose words need a head_dim of a multiple of 8, not {dim}"
-    if layout.tokens > 1:
-        if not keys:
-            return "values with a scale for a channel"
-        if layout.tokens != _power(layout.tokens):
-            return f"blocks of {layout.tokens} tokens are no power of two"
-        return None
-    if group and (group != _power(group) or group % upcast.lanes(e.bits)):
-        return f"groups of {group} channels are no power of two, or end within a word"
-    return None
-
-
-def largest_block(page_size: int) -> int:
-    """Slots of a block at most, so that it lies in one page: a power of two."""
-    return page_size & -page_size if page_size else 1 << 20
 
 
 # --- the call ---
@@ -197,7 +76,7 @@ def partial_states(
     ins = [_part(jnp.pad(q, [(0, 0), (0, 0), *more, (0, 0)]), k), at, ranges]
     ins += [] if shift is None else [jnp.pad(shift, [(0, 0), (0, 0), *more])]
     ins += [] if table is None else [table]
-    ins += [*_arrays(keys, k), *_arrays(values, v)]
+    ins += [*arrays_of(keys, k), *arrays_of(values, v)]
     f32 = lambda *shape: jax.ShapeDtypeStruct((batch, kv_heads, t.splits, *shape), jnp.float32)
     kernel = partial(
         _kernel, views=views, rules=rules, t=t, rows=rows, has_shift=shift is not None, has_table=table is not None,
@@ -223,18 +102,6 @@ def _part(q: jax.Array, k: View) -> jax.Array:
     q = q.reshape(*q.shape[:3], k.chunks, k.chunk_words, k.lanes)
     q = jnp.pad(q, [(0, 0)] * 4 + [(0, k.width - k.chunk_words), (0, 0)])
     return jnp.moveaxis(q, -1, 2).reshape(*q.shape[:2], k.lanes, q.shape[2], k.chunks * k.width)
-
-
-def _arrays(coded: Coded, view: View) -> list[jax.Array]:
-    """Codes as words, then scales and zero points as they are read."""
-    if view.layout.element is None:
-        return list(coded.codes)
-    out = upcast.as_words(coded.codes, view.layout.element.bits, view.lanes)
-    if coded.scale is not None:
-        out.append(upcast.stored_scale(coded.scale))
-    if coded.zero_point is not None:
-        out.append(upcast.stored_zero(coded.zero_point))
-    return out
 
 
 def combine(s: State) -> State:
@@ -274,8 +141,8 @@ def _kernel(
     part = (jnp.maximum(blocks, 0) + (t.splits - 1)) // t.splits
     begin = first + split * part
     count = jnp.minimum(jnp.maximum(first + blocks - begin, 0), part)
-    where = lambda i: _Block(i, t.block, low, high, row, head, table_ref, rules.page_size)
-    k_read, v_read = _reader(ins, k_view, packed), _reader(ins, v_view, packed)
+    where = lambda i: Block(i, t.block, low, high, row, head, table_ref, rules.page_size)
+    k_read, v_read = reading.reader_of(ins, k_view, packed), reading.reader_of(ins, v_view, packed)
     at = at_ref[row, mine]
     part_of_q = lambda lane, chunk: q_ref[row, head, np.int32(lane), mine, pl.ds(chunk * k_view.width, k_view.width)]
     q = [[_two(part_of_q(lane, chunk)) for chunk in range(k_view.chunks)] for lane in range(k_view.lanes)]
@@ -320,39 +187,17 @@ def _kernel(
         lane, chunk = n // v_view.chunks, n % v_view.chunks
         columns = chunk * v_view.chunk_words + jnp.arange(v_view.width)
         limit = min(v_view.words, (chunk + 1) * v_view.chunk_words)
-        both = _mask(inside, columns < limit if chunk * v_view.chunk_words + v_view.width > limit else None)
-        where_to = _columns(chunk * v_view.chunk_words, v_view.width, v_view.words)
+        both = both_of(inside, columns < limit if chunk * v_view.chunk_words + v_view.width > limit else None)
+        where_to = columns_of(chunk * v_view.chunk_words, v_view.width, v_view.words)
         to = out_ref.at[row, head, split, np.int32(lane), mine, where_to]
         plt.store(to, _sum_two(part_of), mask=both)
 
 
-def _or_nan(values: jax.Array, codes: jax.Array) -> jax.Array:
-    """The values of codes of e4m3, NaN where a code is."""
-    return jnp.where((codes & np.uint16(0x7F)) == np.uint16(0x7F), jnp.asarray(jnp.nan, values.dtype), values)
-
-
-def _columns(first: int, size: int, end: int) -> Any:
-    """A slice that may reach over the end (what lies there is masked): Pallas refuses one whose ends it knows."""
-    return pl.ds(first if first + size <= end else jnp.int32(first), size)
-
-
-def _mask(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None:
-    if rows is None or columns is None:
-        return None if rows is columns else rows[:, None] if rows is not None else columns[None, :]  # type: ignore
-    return rows[:, None] & columns[None, :]
-
-
 def _two(x: jax.Array) -> jax.Array:
     """float32 `[R, n]` as bfloat16 `[2 R, n]`: two rows that add up to each."""
-    high, low = _halves(x)
+    high, low = reading.halves(x)
     first = lax.broadcasted_iota(jnp.int32, (2, 1, 1), 0) == 0
     return jnp.where(first, high[None], low[None]).reshape(2 * x.shape[0], x.shape[1]).astype(BFLOAT16)
-
-
-def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 as two numbers: the first has the bits of a bfloat16, the second is the rest."""
-    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFF0000), jnp.float32)
-    return high, x - high
 
 
 def _sum_two(x: jax.Array) -> jax.Array:
@@ -374,7 +219,7 @@ def _sees(position: jax.Array, inside: jax.Array, at: jax.Array, end: jax.Array,
     return seen & ((keys > queries - rules.window) | (keys < rules.sink_tokens))
 
 
-def _scores(q: list[list[jax.Array]], read: "_Reader", block: "_Block", small: Any) -> jax.Array:
+def _scores(q: list[list[jax.Array]], read: Reader, block: Block, small: Any) -> jax.Array:
     """float32 `[R, n]`."""
     view, total = read.view, None
     for chunk in range(view.chunks):
@@ -393,7 +238,7 @@ def _scores(q: list[list[jax.Array]], read: "_Reader", block: "_Block", small: A
 
 
 def _outputs(
-    acc: tuple[jax.Array, ...], weights: jax.Array, kept: jax.Array, read: "_Reader", block: "_Block", small: Any
+    acc: tuple[jax.Array, ...], weights: jax.Array, kept: jax.Array, read: Reader, block: Block, small: Any
 ) -> tuple[jax.Array, ...]:
     """The accumulators, `[2 R, width]` of every lane and chunk, with one more block of values."""
     view, out = read.view, list(acc)
@@ -410,162 +255,3 @@ def _outputs(
             for part in parts:
                 out[n] = out[n] + compat.dot(w, part)
     return tuple(out)
-
-
-class _Block(NamedTuple):
-    """`size` slots from `index * size` on, of one sequence and head: those from `low` to `high` are read, or all."""
-
-    index: Any
-    size: int
-    low: Any
-    high: Any
-    row: Any
-    head: Any
-    table_ref: Any
-    page_size: int
-    whole: bool = False
-
-    def slots(self) -> jax.Array:
-        return self.index * self.size + jnp.arange(self.size, dtype=jnp.int32)
-
-    def inside(self) -> jax.Array:
-        slots = self.slots()
-        return (slots >= self.low) & (slots < self.high)
-
-    def place(self) -> tuple[Any, Any]:
-        """The row of the arrays, and the slot in it that the block begins with."""
-        start = self.index * self.size
-        if self.table_ref is None:
-            return self.row, start
-        page = jnp.minimum(start // self.page_size, self.table_ref.shape[1] - 1)
-        return jnp.maximum(self.table_ref[self.row, page], 0), start % self.page_size
-
-
-class _Reader(NamedTuple):
-    """Reads keys, or values, of a block."""
-
-    view: View
-    words: tuple[Any, ...]
-    scale: Any
-    zero: Any
-    packed: bool
-
-    def codes(self, block: _Block, chunk: int) -> tuple[jax.Array, ...]:
-        """`[n, width]`: words of each plane, or floats."""
-        view = self.view
-        row, start = block.place()
-        first = chunk * view.chunk_words
-        limit = min(view.words, first + view.chunk_words)
-        columns = first + jnp.arange(view.width) < limit if first + view.width > limit else None
-        inside = _mask(None if block.whole else block.inside(), columns)
-        if inside is not None:
-            inside = jnp.broadcast_to(inside, (block.size, view.width))
-        at = (row, block.head, pl.ds(start, block.size), _columns(first, view.width, view.words))
-        other = lambda r: None if inside is None else np.zeros((), r.dtype)
-        return tuple(plt.load(r.at[at], mask=inside, other=other(r)) for r in self.words)
-
-    def small(self, block: _Block) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """Scales and zero points of a block, as stored: of each chunk, or of each lane."""
-        return tuple(() if r is None else self._small(r, block) for r in (self.scale, self.zero))  # type: ignore
-
-    def _small(self, ref: Any, block: _Block) -> tuple[jax.Array, ...]:
-        view = self.view
-        row, start = block.place()
-        zero = np.zeros((), ref.dtype)
-        if view.scales == "channel":
-            return (self._of_channels(ref, block),)
-        slots, inside = pl.ds(start, block.size), block.inside()
-        if view.scales == "element":
-            count = view.width * view.lanes // view.layout.group
-            groups = jnp.arange(count)
-            both = jnp.broadcast_to(inside[:, None], (block.size, count)) & (groups < view.groups)[None, :]
-            return (plt.load(ref.at[row, block.head, slots, _columns(0, count, view.groups)], mask=both, other=zero),)
-        return tuple(
-            plt.load(ref.at[row, block.head, slots, np.int32(chunk)], mask=inside, other=zero)
-            for chunk in range(view.chunks)
-        )
-
-    def _of_channels(self, ref: Any, block: _Block) -> jax.Array:
-        """`[blocks of tokens, lanes * width]`, in the order of the channels."""
-        tokens, (row, start) = self.view.layout.tokens, block.place()
-        count, size = max(1, block.size // tokens), self.view.lanes * self.view.width
-        channels = jnp.arange(size) < self.view.dim
-        blocks = block.index * block.size + tokens * jnp.arange(count) < block.high
-        at = ref.at[row, block.head, pl.ds(start // tokens, count), _columns(0, size, self.view.dim)]
-        return plt.load(at, mask=blocks[:, None] & channels[None, :], other=np.zeros((), ref.dtype))
-
-    def _lane(self, a: jax.Array, lane: int) -> jax.Array:
-        """`[blocks of tokens, width]`: of the channels of a lane; Triton has no slices."""
-        count, lanes = a.shape[0], self.view.lanes
-        if lanes == 1:
-            return a
-        parts = a.astype(jnp.float32).reshape(count, self.view.width, lanes)
-        mine = lax.broadcasted_iota(jnp.int32, (1, 1, lanes), 2) == lane
-        return jnp.sum(jnp.where(mine, parts, jnp.float32(0)), axis=2).astype(BFLOAT16)
-
-    def numbers(self, scale: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-        """Scales as numbers; NaN where a code of 8 bits stands for it."""
-        stored = self.view.scale_dtype
-        out = upcast.scale_numbers(scale, stored, dtype)
-        bad = {"float8_e4m3fn": 0x7F, "float8_e8m0fnu": 0xFF}.get(stored)
-        return out if bad is None else jnp.where(scale == np.uint8(bad), jnp.asarray(jnp.nan, out.dtype), out)
-
-    def values(self, words: tuple[jax.Array, ...], chunk: int, small: Any) -> list[tuple[jax.Array, ...]]:
-        """bfloat16 `[n, width]` for every lane: the elements, as a sum of one or two numbers."""
-        view, e = self.view, self.view.layout.element
-        if e is None:
-            if not view.two:
-                return [words]
-            high, low = _halves(words[0].astype(jnp.float32))
-            return [(high.astype(BFLOAT16), low.astype(BFLOAT16))]
-        lanes = range(view.lanes)
-        zeros = [self._zero(small[1], lane, chunk, words[0].shape) for lane in lanes]
-        if self.packed and two_at_a_time.can(words, e, zeros, BFLOAT16):
-            out = two_at_a_time.values(words[0], e, zeros, BFLOAT16)
-        else:
-            out = [self._plain(upcast.lane_codes(words, e.bits, lane), e, zeros[lane]) for lane in lanes]
-        if e.storage == "float8_e4m3fn" and view.scales == "none":  # elsewhere the scale says it
-            out = [_or_nan(o, upcast.lane_codes(words, e.bits, lane)) for lane, o in enumerate(out)]
-        if view.scales in ("element", "channel"):
-            scale = self.numbers(small[0][0], BFLOAT16)
-            out = [upcast.times(o, self._over(scale, lane, o.shape), BFLOAT16) for lane, o in enumerate(out)]
-        return [(o,) for o in out]
-
-    def _plain(self, codes: jax.Array, e: Element, zero: jax.Array | None) -> jax.Array:
-        if e.kind == "int":
-            return upcast.integers(codes, e.bits, zero, BFLOAT16)
-        if e.kind == "float":
-            return upcast.small_floats(codes, e, BFLOAT16)
-        smooth = upcast.odd_polynomial(e.table)
-        if smooth is None:
-            return upcast.table(codes, e.table, BFLOAT16)
-        return upcast.polynomial(codes, smooth, e.bits, BFLOAT16)
-
-    def _zero(self, zeros: Any, lane: int, chunk: int, shape: tuple[int, ...]) -> jax.Array | None:
-        """Zero points that broadcast against the elements of a lane."""
-        if not self.view.zeros:
-            return None
-        zero = self._spread(zeros, lane, chunk, shape)
-        return zero.astype(BFLOAT16) if zero.dtype == jnp.uint8 else zero
-
-    def _spread(self, zeros: tuple[jax.Array, ...], lane: int, chunk: int, shape: tuple[int, ...]) -> jax.Array:
-        """Zero points that broadcast against the elements."""
-        if self.view.scales in ("element", "channel"):
-            return self._over(zeros[0], lane, shape)
-        return zeros[chunk][:, None]
-
-    def _over(self, a: jax.Array, lane: int, shape: tuple[int, ...]) -> jax.Array:
-        """What groups, or channels for a block of tokens, have for their elements `[n, width]`."""
-        if self.view.scales == "channel":
-            a = self._lane(a, lane)
-            return jnp.broadcast_to(a[:, None], (a.shape[0], shape[0] // a.shape[0], shape[1])).reshape(shape)
-        return jnp.broadcast_to(a[:, :, None], (*a.shape, shape[1] // a.shape[1])).reshape(shape)
-
-
-def _reader(ins: list[Any], view: View, packed: bool) -> _Reader:
-    """Takes the arrays of `_arrays` from the front of `ins`."""
-    e = view.layout.element
-    planes = 1 if e is None else len(plane_widths(e.bits))
-    words = tuple(ins.pop(0) for _ in range(planes))
-    scale = ins.pop(0) if e is not None and view.scales != "none" else None
-    return _Reader(view, words, scale, ins.pop(0) if view.zeros else None, packed)
