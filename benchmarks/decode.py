@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clock import best
 
 import jquant as jq
 import jquant.models
@@ -56,15 +57,6 @@ def variants(model: Any, dtypes: tuple[str, ...], formats: dict[str, str]) -> It
             yield f"{name}, {dtype}", jq.quantized(model.apply), q
 
 
-def best(fn: Any, repeat: int) -> float:
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        jax.block_until_ready(fn())
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def measure(model: Any, apply: Any, params: Any, args: argparse.Namespace, cache: str) -> dict[str, float]:
     prompt = jnp.asarray(np.arange(args.batch * args.prefill).reshape(args.batch, -1) % 1000 + 1, jnp.int32)
     at = jnp.full((args.batch, 1), args.prefill - 1, jnp.int32)
@@ -74,7 +66,7 @@ def measure(model: Any, apply: Any, params: Any, args: argparse.Namespace, cache
     run = lambda: jq.models.generate(apply, params, start, model.config, max_tokens=args.tokens, cache_format=cache)
     run()
     decode = max(run().decode_tokens_per_second for _ in range(3))
-    return {"prefill": prompt.size / best(lambda: forward(params, prompt), 5), "decode": float(decode)}
+    return {"prefill": prompt.size / best(forward, params, prompt, repeats=5), "decode": float(decode)}
 
 
 def read_rate(params: Any) -> float:
@@ -82,7 +74,7 @@ def read_rate(params: Any) -> float:
     arrays = [a for a in jax.tree.leaves(params) if a.size > 1 << 16]
     total = jax.jit(lambda xs: sum(jnp.sum(x.reshape(-1, x.shape[-1]), axis=0, dtype=jnp.float32)[0] for x in xs))
     jax.block_until_ready(total(arrays))
-    return sum(a.nbytes for a in arrays) / best(lambda: total(arrays), 5) / 1e9
+    return sum(a.nbytes for a in arrays) / best(total, arrays, repeats=5) / 1e9
 
 
 def main() -> None:
