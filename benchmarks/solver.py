@@ -9,7 +9,7 @@ floating-point operations, at that rate, the solve takes; and the objective, rel
 The operations: n^3 / 3 for the factorization of H and m n^2 for the feedback, without which no GPTQ can do. (The
 comparison with round to nearest, at most m n^2 more, and everything else that we do counts as our time only.)
 
-With --peer-python (or JQUANT_PEER_PYTHON), a Python that has llm-compressor, its `quantize_weight` gets the same weight
+Writes benchmarks/results/solver.md. With --peer-python (or JQUANT_PEER_PYTHON), a Python that has llm-compressor, its `quantize_weight` gets the same weight
 and Gram matrix, in a process of its own, right after ours; --act-order compares with both visiting columns by diag(H).
 """
 
@@ -20,11 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 GROUP = 128
+RESULT = Path(__file__).resolve().parent / "results/solver.md"
 
 
 class Run(NamedTuple):
@@ -119,23 +121,39 @@ def be_peer(given: str, answer: str) -> None:
     np.savez(answer, first=run.first, warm=run.warm, q=run.out.numpy())
 
 
-def table(sizes: list[int], python: str | None, act_order: bool, repeats: int, peer_repeats: int) -> None:
-    print(f"int4 symmetric, groups of {GROUP}, n x n, act_order={act_order}; seconds")
-    head = "    n  GFLOP/s   first    warm  x floor  objective"
-    print(head + "  | peer first    warm  peer/ours  objective" * bool(python))
+HEAD = "| n | matmul GFLOP/s | first | warm | times the floor | objective |"
+PEER_HEAD = " llm-compressor: first | warm | of ours | objective |"
+
+
+def row(n: int, python: str | None, act_order: bool, repeats: int, peer_repeats: int) -> str:
+    """One line of the table."""
+    w, h = problem(n)
+    rate, run, objective = ours(w, h, act_order, repeats)
+    floor = (n**3 / 3 + n**3) / (2 * n**3 / rate.warm)
+    gflops = 2e-9 * n**3 / rate.warm
+    line = f"| {n} | {gflops:.0f} | {run.first:.2f} | {run.warm:.3f} | {run.warm / floor:.1f} | {objective:.4f} |"
+    if python:
+        first, warm, q = peer(python, w, h, act_order, peer_repeats)
+        groups = w.reshape(n, -1, GROUP)
+        scale = np.abs(groups).max(-1, keepdims=True) / 7.5
+        plain = (np.clip(np.round(groups / scale), -8, 7) * scale).reshape(n, n)
+        line += f" {first:.2f} | {warm:.2f} | {warm / run.warm:.1f} | {relative_objective(w, h, q, plain):.4f} |"
+    return line
+
+
+def table(sizes: list[int], python: str | None, act_order: bool, repeats: int, peer_repeats: int) -> str:
+    """Markdown, each line printed as it is known."""
+    import jax
+
+    head = HEAD + PEER_HEAD * bool(python)
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    print("\n".join(lines), flush=True)
     for n in sizes:
-        w, h = problem(n)
-        rate, run, objective = ours(w, h, act_order, repeats)
-        floor = (n**3 / 3 + n**3) / (2 * n**3 / rate.warm)
-        gflops = 2e-9 * n**3 / rate.warm
-        line = f"{n:5} {gflops:8.0f} {run.first:7.2f} {run.warm:7.3f} {run.warm / floor:8.1f} {objective:10.4f}"
-        if python:
-            first, warm, q = peer(python, w, h, act_order, peer_repeats)
-            groups = w.reshape(n, -1, GROUP)
-            scale = np.abs(groups).max(-1, keepdims=True) / 7.5
-            plain = (np.clip(np.round(groups / scale), -8, 7) * scale).reshape(n, n)
-            line += f"  | {first:10.2f} {warm:7.2f} {warm / run.warm:10.1f} {relative_objective(w, h, q, plain):10.4f}"
-        print(line, flush=True)
+        lines.append(row(n, python, act_order, repeats, peer_repeats))
+        print(lines[-1], flush=True)
+    what = f"int4 symmetric, groups of {GROUP}, n x n, act_order={act_order}; seconds; objectives relative to round to nearest"
+    when = f"{os.cpu_count()} cores, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}"
+    return "\n".join([f"# One GPTQ solve\n\n{what}.\n", *lines, f"\n{when}.\n"])
 
 
 def main() -> None:
@@ -150,7 +168,8 @@ def main() -> None:
     if args.be_peer:
         be_peer(*args.be_peer)
     else:
-        table(args.sizes, args.peer_python, args.act_order, args.repeats, args.peer_repeats)
+        text = table(args.sizes, args.peer_python, args.act_order, args.repeats, args.peer_repeats)
+        RESULT.write_text(text)
 
 
 if __name__ == "__main__":
