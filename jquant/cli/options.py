@@ -60,6 +60,7 @@ in front of one of these, to change the model before it is rounded, exactly:
   smoothquant      moves outliers of activations into the weights (alpha 0.8);
   smoothquant-search  the same, alpha searched for each input
   smoothquant-tokens  of all inputs, by what a scale per token meets (alpha 0.6)
+  lowrank_inputs   not exactly: what is largest in an input stays in float, beside
 and behind one of them:
   lowrank          adds a float matrix of rank 16 for the error that is left
 Settings stand behind a name as in a call: 'rotate(seed=1)+gptq(damp=0.02)'.
