@@ -135,7 +135,7 @@ def taken_out(x: jax.Array, t: jax.Array, side: Side, first: Sequence[int], prec
     """x' = x - t C, of the shape and dtype of `x`, for a side that `can_take`. t is what `thin` gives."""
     a, taken = _letters(side, first), _squeezed(side.taken).astype(x.dtype)
     what = jnp.einsum(t, a.middle, taken, [*a.own, a.r, a.n], [*first, a.tokens, a.n], **_how(x, precision))
-    return (x - what).astype(x.dtype)
+    return (x.astype(what.dtype) - what).astype(x.dtype)
 
 
 def spread(t: jax.Array, side: Side, first: Sequence[int], precision: Any = None) -> jax.Array:

@@ -48,7 +48,7 @@ def dot(
         return jax.lax.dot_general(x, rows, numbers, precision=precision, preferred_element_type=preferred)
 
     if q.side is not None and fits(q, batch):
-        rest, t = parted(x, q, batch, precision)
+        rest, t = apart(x, q, batch, precision)
         run = lambda q, wide: dot(
             rest, q, batch=batch, cast=cast, precision=precision, preferred=preferred or wide, kernels=kernels
         )
@@ -95,7 +95,7 @@ def fits(q: QTensor, batch: Sequence[int]) -> bool:
     return not takes(q) or _side.can_take(q.side, _first(q, batch))  # type: ignore[arg-type]
 
 
-def parted(x: jax.Array, q: QTensor, batch: Sequence[int], precision: Any) -> tuple[jax.Array, jax.Array]:
+def apart(x: jax.Array, q: QTensor, batch: Sequence[int], precision: Any) -> tuple[jax.Array, jax.Array]:
     """What the codes of `q` are multiplied with, of the shape and dtype of `x` `[*batch axes, tokens, n]`; and t, what
     goes to its side."""
     assert q.side is not None
@@ -111,7 +111,7 @@ def beside(
 
     Args:
       run: `(q without its side, dtype to sum in) ->` the product with the codes, and how it runs.
-      t: what goes to the side (see `parted`).
+      t: what goes to the side (see `apart`).
     """
     assert q.side is not None
     more = _side.spread(t, q.side, _first(q, batch), precision)

@@ -20,7 +20,7 @@ from jquant.core.formats import ELEMENTS, BlockParams, Format, decode
 from jquant.core.qtensor import QTensor
 from jquant.ops import gpu, gpu_codes
 from jquant.ops.choice import PROVEN, How, pick, words
-from jquant.ops.dot import beside, fits, parted, takes
+from jquant.ops.dot import apart, beside, fits, takes
 from jquant.ops.dot import dot as float_dot
 from jquant.ops.operands import Side, floats8, integers
 
@@ -52,12 +52,12 @@ def dot(
         x = round_input(x.astype(jnp.float32), act, static_params(q, batch))
         out, how = float_dot(x, q.replace(dtype="float32"), batch=batch, precision=_FULL, kernels=kernels)
         return out.astype(out_dtype), how
-    rest, t = parted(x, q, batch, None) if takes(q) else (x, None)
+    rest, t = apart(x, q, batch, None) if takes(q) else (x, None)
     codes, params = encode_input(rest, act, static_params(q, batch))
     if q.side is None:
         return _codes_dot(codes, params, q, batch, out_dtype, kernels)
     if t is None:
-        _, t = parted(decode(codes, params, act.format).astype(x.dtype), q, batch, None)
+        _, t = apart(decode(codes, params, act.format).astype(x.dtype), q, batch, None)
     out, how = beside(lambda q, wide: _codes_dot(codes, params, q, batch, jnp.float32, kernels), t, q, batch, None)
     return out.astype(out_dtype), how
 

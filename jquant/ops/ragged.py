@@ -73,13 +73,14 @@ def dot(
     return run(x, q, sizes), found[0]._replace(text=f"expert by expert, {found[0].text}")
 
 
-def parted(x: jax.Array, q: QTensor, sizes: jax.Array, precision: Any) -> tuple[jax.Array, jax.Array]:
-    """`ops.dot.parted` of rows `[m, n]`, each with the factors of its expert: x' `[m, n]` and t `[m, r]`."""
+def apart(x: jax.Array, q: QTensor, sizes: jax.Array, precision: Any) -> tuple[jax.Array, jax.Array]:
+    """`ops.dot.apart` of rows `[m, n]`, each with the factors of its expert: x' `[m, n]` and t `[m, r]`."""
     assert q.side is not None
     right, taken = (_of_experts(a, q, x.dtype) for a in (q.side.right, q.side.taken))
     thin = partial(_thin, sizes=sizes, precision=precision)
     t = thin(x, right.swapaxes(-1, -2)).astype(x.dtype)
-    return (x - thin(t, taken)).astype(x.dtype), t
+    what = thin(t, taken)
+    return (x.astype(what.dtype) - what).astype(x.dtype), t
 
 
 def beside(

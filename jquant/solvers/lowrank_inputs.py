@@ -95,7 +95,7 @@ def best_factors(rows: jax.Array, gram: jax.Array, *, rank: int, dtype: str) -> 
     live = (d > 0) & (dead == 0)
     root = jnp.where(live, jnp.sqrt(d / jnp.maximum(jnp.max(d), jnp.finfo(d.dtype).tiny)), 0)
     values, vectors = jnp.linalg.eigh(root[:, None] * h * root)
-    v = vectors.T[::-1][:rank] * (values[::-1][:rank] > 0)[:, None]
+    v = jnp.where(values[::-1][:rank, None] > 0, vectors.T[::-1][:rank], 0)
     right, taken = (v * root).astype(dtype), (v * jnp.where(live, 1 / jnp.where(live, root, 1), 0)).astype(dtype)
     better = _noise(h, d, right.astype(h.dtype), taken.astype(h.dtype)) <= jnp.sum(d * jnp.diagonal(h))
     return jnp.where(better, right, 0), jnp.where(better, taken, 0)

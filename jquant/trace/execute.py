@@ -133,7 +133,7 @@ def _run_ragged(use: Use, kernels: str, clip: bool) -> tuple[jax.Array, How]:
     t = None
     if rounding.rounds_in_float(use):
         if takes(q):
-            x, t = ops.ragged.parted(x, q, sizes, params["precision"])
+            x, t = ops.ragged.apart(x, q, sizes, params["precision"])
         x = rounding.round_args(use._replace(args=(x, *use.args[1:])), clip)[0]
     array = lambda q: use.ref.replace(value=q).array()
     plain = lambda x, q, sizes: compat.bind(use.eqn, x, array(q), sizes)[0]

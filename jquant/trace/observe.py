@@ -13,7 +13,7 @@ from jquant.core.activation import Activation
 from jquant.core.histogram import histogram
 from jquant.core.qtensor import is_qtensor
 from jquant.core.stats import Stats, merge
-from jquant.ops.dot import fits, parted, takes
+from jquant.ops.dot import apart, fits, takes
 from jquant.ops.low_precision import round_input
 from jquant.trace import compat, interpreter
 from jquant.trace.sites import full_axes, input_key
@@ -160,8 +160,10 @@ def _place(use: Use, observed: Observed) -> Observed:
 
 
 def statistics(use: Use, needs: frozenset[str], act: Activation | None = None) -> Observed:
-    """The statistics of a use's input, its leading axes those of `use.batch`; of what is left of it, where a side of the
-    weight takes something out."""
+    """The statistics of a use's input, its leading axes those of `use.batch`.
+
+    Where a side of the weight takes something out of the input, they are of what is left.
+    """
     x = other = _left_rows(use) if _taking(use) else _rows(use)
     cross = None
     if "cross" in needs:
@@ -275,8 +277,8 @@ def _left_rows(use: Use) -> jax.Array:
     """What is left of the rows, `[*batch, tokens, n]`; of a ragged product for each expert."""
     q, x = use.ref.value, _rows(use)
     if use.kind == "dot":
-        return parted(x, q, use.how.batch, _FULL)[0]
-    return parted(jnp.broadcast_to(x, (q.shape[use.batch[0]], *x.shape)), q, use.batch, _FULL)[0]
+        return apart(x, q, use.how.batch, _FULL)[0]
+    return apart(jnp.broadcast_to(x, (q.shape[use.batch[0]], *x.shape)), q, use.batch, _FULL)[0]
 
 
 def _expert_mask(use: Use) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jquant.core.formats import BlockParams
 from jquant.core.qtensor import QTensor
 from jquant.ops.choice import How
-from jquant.ops.dot import beside, fits, parted, takes
+from jquant.ops.dot import apart, beside, fits, takes
 from jquant.ops.low_precision import round_input, static_params
 from jquant.trace.uses import Use
 
@@ -47,11 +47,11 @@ def _float_dot(use: Use, clip: bool) -> jax.Array:
     x, t = how.operand(use.x), None
     precision, preferred = params["precision"], params["preferred_element_type"]
     if takes(q) and fits(q, how.batch):
-        x, t = parted(x, q, how.batch, precision)
+        x, t = apart(x, q, how.batch, precision)
     if q.activation is not None:
         x = round_input(x, q.activation, static_params(q, how.batch), clip)
     if q.side is not None and not takes(q):
-        x, t = parted(x, q, how.batch, precision)
+        x, t = apart(x, q, how.batch, precision)
 
     def decoded(q: QTensor, wide: Any = None) -> tuple[jax.Array, How]:
         rows = use.ref.cast(q.rows().astype(q.dtype))
