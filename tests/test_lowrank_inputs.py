@@ -53,9 +53,9 @@ def test_each_weight_has_its_side_and_the_output_is_nearer(model, qparams):
     np.testing.assert_array_equal(together[0].taken, together[1].taken)
 
 
-def test_unrounded_inputs_meet_what_the_leaf_stands_for(model, qparams):
-    weights = jax.tree.map(lambda q: q.replace(activation=None), qparams, is_leaf=jq.is_qtensor)
-    weights["head"] = model[0]["head"]
+def test_unrounded_inputs_meet_what_the_leaf_stands_for(qparams):
+    whole = lambda q: q.replace(activation=None) if jq.is_qtensor(q) else q
+    weights = jax.tree.map(whole, qparams, is_leaf=jq.is_qtensor)
     x = inputs(7)
     want = unrolled(jq.dequantize(weights), x)
     np.testing.assert_allclose(quick(jq.quantized(unrolled))(weights, x), want, atol=1e-4 * np.abs(want).max())
@@ -91,9 +91,6 @@ def test_training_beside_it_has_the_bits_of_quantized(model, qparams):
     want = quick(jq.quantized(unrolled))(q, x)
     train = jq.fake_quantized(unrolled, recipe)
     np.testing.assert_array_equal(quick(train)(qparams, x), want)
-    slope = quick(jax.grad(lambda x: jnp.sum(train(qparams, x))))(x)
-    plain = quick(jax.grad(lambda x: jnp.sum(unrolled(model[0], x))))(x)
-    np.testing.assert_allclose(slope, plain, atol=0.1 * np.abs(plain).max())
 
 
 @pytest.mark.parametrize("method", [jq.qronos(act_order=True), jq.gptaq()], ids=lambda m: m.name)
