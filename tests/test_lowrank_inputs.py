@@ -93,6 +93,7 @@ def test_training_beside_it_has_the_bits_of_quantized(model, qparams):
     np.testing.assert_array_equal(quick(train)(qparams, x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [jq.qronos(act_order=True), jq.gptaq()], ids=lambda m: m.name)
 def test_both_streams_walk_behind_it(model, method):
     params, batches = model
