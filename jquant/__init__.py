@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from jquant.solvers.gptq import gptq
     from jquant.solvers.hqq import hqq
     from jquant.solvers.lowrank import lowrank
+    from jquant.solvers.lowrank_inputs import lowrank_inputs
     from jquant.solvers.qronos import qronos
     from jquant.solvers.rtn import rtn
     from jquant.trace.execute import explain, quantized
@@ -106,6 +107,7 @@ _NAMES = {
     "solvers.gptq": "gptq",
     "solvers.hqq": "hqq",
     "solvers.lowrank": "lowrank",
+    "solvers.lowrank_inputs": "lowrank_inputs",
     "solvers.qronos": "qronos",
     "solvers.rtn": "rtn",
     "trace.execute": "explain quantized",

@@ -16,6 +16,7 @@ from jquant.solvers.gptaq import gptaq
 from jquant.solvers.gptq import gptq
 from jquant.solvers.hqq import hqq
 from jquant.solvers.lowrank import lowrank
+from jquant.solvers.lowrank_inputs import lowrank_inputs
 from jquant.solvers.qronos import qronos
 from jquant.solvers.rtn import rtn
 
@@ -39,6 +40,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     ),
     "rotate": rotate,
     "lowrank": lowrank,
+    "lowrank_inputs": lowrank_inputs,
     "learned_rotation": learned_rotation,
 }
 _COLUMNWISE = ("gptq", "gptaq", "qronos")  # those that take act_order and damp

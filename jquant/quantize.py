@@ -57,7 +57,8 @@ def quantize(
 
     Where the recipe has a `Policy`, the inputs of the matmuls are rounded too when `quantized` runs them, and in the
     walk, so that weights are solved for rounded inputs. Not rounded in the walk are those of convolutions and ragged
-    products, and those with a static range: that is calibrated at its end, on what the quantized weights produce.
+    products, those with a static range: that is calibrated at its end, on what the quantized weights produce; and those
+    out of which a method takes something first (`lowrank_inputs`).
 
     Args:
       apply: `apply(params, *args)`, pure.
@@ -202,6 +203,8 @@ def _walk(
 ) -> dict[str, QTensor]:
     wanted = {p for p, t in targets.items() if t.observable}
     rounds = {p: t.activation for p, t in targets.items() if t.activation is not None and not t.activation.static}
+    if method.first:  # what is rounded is what is left of an input when the walk has seen it
+        rounds = {}
     walk = Walk(apply, params, batches, wanted, method.needs, rounds)
     store, start, solved = None, 0, {}
     if resume is not None:

@@ -196,7 +196,7 @@ def _format_name(leaf: Any) -> str:
     inner = held(leaf)
     name = inner.scheme if is_qtensor(inner) else jnp.dtype(inner.dtype).name
     if is_qtensor(inner) and inner.side is not None:
-        name += f", side of rank {inner.side.rank}"
+        name += f", {inner.side.words}"
     return f"{name}, one per use" if is_per_use(leaf) else name
 
 

@@ -138,7 +138,7 @@ def _save_unit(f: Any, unit: Unit, q: QTensor) -> None:
     arrays = {f"array{i}": np.asarray(a) for i, a in enumerate(q.arrays)}
     static = {
         "unit": unit, "planes": len(q.codes), "zero": q.zero_point is not None, "outer": len(q.outer),
-        "side": q.side is not None,
+        "side": len(jax.tree.leaves(q.side)),
         "format": dataclasses.asdict(q.format), "contracted": q.contracted, "inner": q.inner, "pad": q.pad,
         "dtype": q.dtype.name,
     }  # fmt: skip
@@ -153,7 +153,8 @@ def _load_unit(path: Path) -> tuple[Unit, QTensor]:
     try:
         with np.load(path) as data:
             s = json.loads(str(data["static"]))
-            outer, side = s.get("outer", 0), 2 * s.get("side", False)
+            outer, side = s.get("outer", 0), s.get("side", 0)
+            side = 2 if side is True else int(side)  # what older versions wrote
             count = s["planes"] + 1 + s["zero"] + outer + side
             names = [f"array{i}" for i in range(count)]
             arrays = [jax.numpy.asarray(data[n].view(_dtype(str(data["dtype:" + n])))) for n in names]

@@ -1,5 +1,7 @@
 """`lowrank` in the walk: carried through stacks, experts, interruptions and checkpoints."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 import jquant as jq
 from jquant.checkpoint import qtensor_sharding, read_manifest
+from jquant.resume import _load_unit, _save_unit
+from jquant.trace.program import Unit
 from tests.core.cases import same_tree
 from tests.interrupts import interrupt_walk
 from tests.test_quantize import LAYERS, RECIPE, inputs, layer, normal, scanned, stacked, unrolled
@@ -118,3 +122,18 @@ def test_a_convolution_reads_the_sum():
     assert q["w"].side.rank == 3
     want = conv(jq.dequantize(q), x)
     np.testing.assert_allclose(jq.quantized(conv)(q, x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_work_that_an_older_version_kept_is_read(qparams, tmp_path):
+    """It said of a side only that there is one."""
+    q, unit = qparams["layer0"]["a"], Unit("layer0/a", (), ())
+    with open(tmp_path / "new.npz", "wb") as f:
+        _save_unit(f, unit, q)
+    with np.load(tmp_path / "new.npz") as data:
+        arrays = dict(data)
+    static = json.loads(str(arrays["static"]))
+    assert static["side"] == 2
+    np.savez(tmp_path / "old.npz", **arrays | {"static": np.asarray(json.dumps(static | {"side": True}))})
+    for name in ("new", "old"):
+        again = _load_unit(tmp_path / f"{name}.npz")
+        assert again[0] == unit and same_tree(again[1], q)

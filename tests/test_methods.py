@@ -16,6 +16,7 @@ from jquant.methods import METHODS
         ("gptq(damp=1e+0)", "gptq(damp=1.0)"),
         ("best", "qronos(act_order=True, search=True)"),
         ("rotate+gptq(act_order=True)+lowrank(16)", "rotate() + gptq(act_order=True) + lowrank(rank=16)"),
+        ("lowrank_inputs(4)+gptq-act-order", "lowrank_inputs(rank=4) + gptq(act_order=True)"),
         ("lowrank(budget=5000, dtype='float32')", "lowrank(budget=5000, dtype=float32)"),
     ],
 )
@@ -39,7 +40,7 @@ def test_every_name_is_a_method(name):
     [
         ("", "does not exist"), ("gptq+", "does not exist"), ("gptq(", "does not exist"), ("rtnn", "choose from rtn,"),
         ("gptq(damp=x)", "can't be read"), ("gptq(damp=-1)", "damp >= 0"), ("gptq(dampen=1)", "unexpected keyword"),
-        ("lowrank(8)+gptq", "put gptq"), ("lowrank(8, budget=9)", "not both"),
+        ("lowrank(8)+gptq", "put gptq"), ("gptq+lowrank_inputs(2)", "put gptq"), ("lowrank(8, budget=9)", "not both"),
         ("gptq(open('x'))", "can't be read"), ("gptq()()", "can't be read"),
     ],
 )  # fmt: skip

@@ -182,7 +182,7 @@ def _fit(path: Path, leaves: dict[str, Any], like: Any) -> dict[str, Any]:
         if is_qtensor(want) and not (
             is_qtensor(have)
             and (want.format, want.activation, want.contracted) == (have.format, have.activation, have.contracted)
-            and (want.side and want.side.rank) == (have.side and have.side.rank)
+            and (want.side and want.side.words) == (have.side and have.side.words)
         ):
             raise CheckpointError(f"{path}: {p} was saved as {have}, and `like` has {want}")
     return wanted

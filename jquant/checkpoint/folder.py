@@ -29,7 +29,8 @@ from jquant.core.qtensor import is_qtensor
 MANIFEST = "jquant.json"
 ARRAYS = "arrays"
 FORMAT_NAME = "jquant checkpoint"
-FORMAT_VERSION = 3  # 2: a QTensor may have an activation, a leaf may be a PerUse; 3: a QTensor may have a side
+# 2: a QTensor may have an activation, a leaf may be a PerUse; 3: a QTensor may have a side; 4: one that takes
+FORMAT_VERSION = 4
 
 
 def version_needed(leaves: Iterable[Any]) -> int:
@@ -40,7 +41,7 @@ def version_needed(leaves: Iterable[Any]) -> int:
 def _needed(leaf: Any) -> int:
     inner = held(leaf)
     if is_qtensor(inner) and inner.side is not None:
-        return 3
+        return 3 if inner.side.taken is None else 4
     return 2 if is_per_use(leaf) or (is_qtensor(inner) and inner.activation is not None) else 1
 
 

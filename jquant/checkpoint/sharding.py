@@ -73,13 +73,12 @@ def qtensor_sharding(q: QTensor, sharding: Sharding) -> QTensor:
         parts = PartitionSpec(*[_entry(e) for e in (*lead, *tail)])
         return NamedSharding(mesh, parts, memory_kind=sharding.memory_kind)
 
+    wide = lambda array: placed(array, ((), _dividing(last, [*planes, q.row_length], mesh)))
     return q.replace(
         codes=tuple(place(c, True) for c in q.codes),
         scale=place(q.scale, False),
         zero_point=None if q.zero_point is None else place(q.zero_point, False),
         outer=tuple(place(a, False) for a in q.outer),
         activation_params=jax.tree.map(lambda a: place(a, False), q.activation_params),
-        side=q.side and Side(
-            placed(q.side.left, ((),)), placed(q.side.right, ((), _dividing(last, [*planes, q.row_length], mesh)))
-        ),
+        side=q.side and Side(placed(q.side.left, ((),)), *jax.tree.map(wide, tuple(q.side[1:]))),
     )

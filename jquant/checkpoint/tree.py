@@ -156,7 +156,7 @@ def _describe_qtensor(path: str, q: QTensor, arrays: Arrays) -> dict[str, Any]:
         "zero_point": None if q.zero_point is None else arrays.add(q.zero_point),
         "outer": [arrays.add(a) for a in q.outer],
         **_describe_activation(q, arrays),
-        **({} if q.side is None else {"side": [arrays.add(a) for a in q.side]}),
+        **({} if q.side is None else {"side": [arrays.add(a) for a in q.side if a is not None]}),
     }
 
 

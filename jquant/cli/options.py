@@ -60,7 +60,9 @@ in front of one of these, to change the model before it is rounded, exactly:
   smoothquant      moves outliers of activations into the weights (alpha 0.8);
   smoothquant-search  the same, alpha searched for each input
   smoothquant-tokens  of all inputs, by what a scale per token meets (alpha 0.6)
-and behind one of them:
+behind those and in front of what rounds:
+  lowrank_inputs   a part of rank 2 of each input stays in float; for fp8 inputs
+and behind what rounds:
   lowrank          adds a float matrix of rank 16 for the error that is left
 Settings stand behind a name as in a call: 'rotate(seed=1)+gptq(damp=0.02)'.
 

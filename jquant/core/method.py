@@ -29,6 +29,8 @@ class Rounding(NamedTuple):
       parts: how many of the rows belong to each of the weights that are solved as one matrix; empty for a single one.
       sides: for each of them the float matrix beside the codes, `left` `[batch, its rows, r]` and `right`
         `[batch, r, n]`, or None; empty for none at all.
+      inputs: the statistics of what the codes will be multiplied with, for the methods that follow, where that is not
+        the input itself: a side takes something out of it.
     """
 
     rows: jax.Array
@@ -37,6 +39,7 @@ class Rounding(NamedTuple):
     notes: Notes = {}
     parts: tuple[int, ...] = ()
     sides: tuple[Side | None, ...] = ()
+    inputs: Stats | None = None
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -95,6 +98,7 @@ class Method(NamedTuple):
       needs: the statistics that `solve` reads: a subset of {"gram", "absmax", "mean_abs", "peak", "cross"}; empty for
         methods without data. "cross" has the walk carry the float model's activations too.
       last: what `solve` does is for the codes that there are: nothing may round behind it.
+      first: what `solve` does is for inputs and weights in float: nothing may round in front of it.
     """
 
     name: str
@@ -103,6 +107,7 @@ class Method(NamedTuple):
     folds: tuple[Fold, ...] = ()
     fold_needs: frozenset[str] = frozenset()
     last: bool = False
+    first: bool = False
 
     @property
     def needs_data(self) -> bool:
@@ -117,7 +122,8 @@ def chain(*methods: Method) -> Method:
     model (`rotate`, the scales of `awq`) is done before any of them rounds, in their order.
 
     Raises:
-      ValueError: no method, or one that rounds behind one that must come last (`lowrank`).
+      ValueError: no method, or one that rounds behind one that must come last (`lowrank`), or in front of one that
+        must come first (`lowrank_inputs`); or both of those, each of which has the one side that a weight can have.
     """
     if not methods:
         raise ValueError("chain: give at least one method, as in jquant.chain(jquant.gptq())")
@@ -125,14 +131,20 @@ def chain(*methods: Method) -> Method:
     for first, then in zip(rounding, rounding[1:]):
         if first.last:
             raise ValueError(f"chain: {first.name} is for the codes that were chosen before it; put {then.name} first")
+        if then.first:
+            raise ValueError(f"chain: {then.name} is for weights that nothing has rounded; put {first.name} behind it")
+    if rounding and rounding[0].first and rounding[-1].last:
+        both = f"{rounding[0].name} and {rounding[-1].name}"
+        raise ValueError(f"chain: {both} would both stand beside the codes, which have one side; leave one out")
     solvers = [m.solve for m in rounding if m.solve is not None]
 
     def solve(state: Rounding, stats: Stats | None, fmt: Format) -> Rounding:
         for step in solvers:
-            state = step(state, stats, fmt)
+            state = step(state, stats if state.inputs is None else state.inputs, fmt)
         return state
 
     folds = tuple(f for m in methods for f in m.folds)
     name = " + ".join(m.name for m in methods)
     needs, fold_needs = (frozenset().union(*(getattr(m, k) for m in methods)) for k in ("needs", "fold_needs"))
-    return Method(name, solve if solvers else None, needs, folds, fold_needs, any(m.last for m in methods))
+    ends = {"last": any(m.last for m in methods), "first": any(m.first for m in methods)}
+    return Method(name, solve if solvers else None, needs, folds, fold_needs, **ends)

@@ -57,7 +57,10 @@ def finish(problem: Problem, done: Rounding, fmt: Format) -> QTensor:
 
 
 def _side(problem: Problem, side: Side) -> Side:
-    """`[batch, m, r]` and `[batch, r, n]` -> `[*kept, r]` and `[*kept, r, n]`, the second with ones for the rows."""
-    batch, r, n = side.right.shape
-    right = bring_back(problem, side.right.reshape(batch, 1, r * n))
-    return Side(bring_back(problem, side.left), right.reshape(*right.shape[:-1], r, n))
+    """`[batch, m, r]` and `[batch, r, n]` -> `[*kept, r]` and `[*kept, r, n]`, the latter with ones for the rows."""
+
+    def wide(a: jax.Array) -> jax.Array:
+        flat = bring_back(problem, a.reshape(a.shape[0], 1, -1))
+        return flat.reshape(*flat.shape[:-1], *a.shape[1:])
+
+    return Side(bring_back(problem, side.left), *jax.tree.map(wide, tuple(side[1:])))

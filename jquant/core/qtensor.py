@@ -51,7 +51,8 @@ class QTensor:
       activation: how the inputs of its matmuls are rounded, or None where they stay in float.
       activation_params: for a static range its scale and zero point, `[*batch, 1]`, ones in place of the kept axes that
         its matmuls do not share with their input; None otherwise.
-      side: a float matrix of low rank that is added to what the codes stand for (`lowrank`), or None.
+      side: a float matrix of low rank that is added to what the codes stand for (`lowrank`), or beside which they see
+        what is left of the input (`lowrank_inputs`), or None.
     """
 
     __slots__ = (*_KEYS, *_STATIC)
@@ -228,7 +229,7 @@ class QTensor:
     def rows(self) -> jax.Array:
         """The decoded rows and their side, float32 `[*kept, n]`."""
         decoded = decode(self.unpacked(), self.params, self.format)
-        return decoded if self.side is None else decoded + _side.rows(self.side)
+        return decoded if self.side is None else _side.rows(self.side, decoded)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array that it stands for, decoded in float32 and cast to `dtype` (its own by default)."""
@@ -279,7 +280,7 @@ class QTensor:
     def __repr__(self) -> str:
         try:
             shape = ", ".join(map(str, self.shape))
-            side = "" if self.side is None else f"side of rank {self.side.rank}, "
+            side = "" if self.side is None else f"{self.side.words}, "
             return (
                 f"QTensor({self.scheme}, {self._dtype}[{shape}], contracted={self.contracted}, {side}"
                 f"{self.nbytes:,} bytes)"

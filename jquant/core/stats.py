@@ -67,6 +67,38 @@ def _both(combine: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
     return None if a is None or b is None else combine(a, b)
 
 
+def without(stats: Stats, right: jax.Array, taken: jax.Array) -> Stats:
+    """The statistics of x' = x - (x B^T) C, of what is left of inputs out of which a side takes what it carries.
+
+        gram = P^T H P,    cross = X P,    with P = I - B^T C
+
+    and X the sum of d x^T: what the float model's input is more, is as before. Sums of |x| and its extremes do not say
+    what those of x' are: there are none. Of a diagonal entry of the Gram matrix there remains at least what float32
+    can't tell from zero.
+
+    Args:
+      stats: with batch axes alike, `[batch, n, n]` and so on.
+      right: B, `[batch, r, n]`.
+      taken: C, `[batch, r, n]`.
+    """
+    dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    down = taken.swapaxes(-1, -2)  # C^T
+    gram, cross = stats.gram, stats.cross
+    if gram is not None:
+        right, taken, down = (a.astype(gram.dtype) for a in (right, taken, down))
+        part = dot(gram, right.swapaxes(-1, -2))  # H B^T
+        left = gram - dot(part, taken)
+        left = left - dot(down, dot(right, left))
+        floor = _FLOAT32 * jnp.diagonal(gram, axis1=-2, axis2=-1)
+        gram = (left + left.swapaxes(-1, -2)) / 2 + floor[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    if cross is not None:
+        cross = cross - dot(dot(cross, right.swapaxes(-1, -2)), taken)
+    return Stats(gram, None, None, stats.tokens, cross=cross)
+
+
+_FLOAT32 = 2.0**-20
+
+
 def checked_gram(name: str, rows: jax.Array, stats: Stats | None) -> jax.Array:
     """The Gram matrices `[batch, n, n]` that the method `name` needs for rows `[batch, m, n]`, or a ValueError."""
     gram = None if stats is None else stats.gram

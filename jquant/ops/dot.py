@@ -39,12 +39,6 @@ def dot(
     Returns:
       `[*batch axes, tokens, *other kept axes]`, and how it runs.
     """
-    if q.side is not None:
-        run = lambda q, wide: dot(
-            x, q, batch=batch, cast=cast, precision=precision, preferred=preferred or wide, kernels=kernels
-        )
-        return beside(run, x, q, batch, precision)
-
     @jax.checkpoint  # a derivative decodes again: the decoded weight is not kept for it
     def decoded(x: jax.Array, q: QTensor) -> jax.Array:
         rows = cast(q.rows().astype(q.dtype))
@@ -53,7 +47,13 @@ def dot(
         numbers = (((x.ndim - 1,), (rows.ndim - 1,)), (tuple(range(b)), tuple(first)))
         return jax.lax.dot_general(x, rows, numbers, precision=precision, preferred_element_type=preferred)
 
-    if 0 in (x.size, q.size):
+    if q.side is not None and fits(q, batch):
+        rest, t = apart(x, q, batch, precision)
+        run = lambda q, wide: dot(
+            rest, q, batch=batch, cast=cast, precision=precision, preferred=preferred or wide, kernels=kernels
+        )
+        return beside(run, t, q, batch, precision)
+    if q.side is not None or 0 in (x.size, q.size):
         return decoded(x, q), How(DECODED)
     dtype = jax.eval_shape(decoded, x, q).dtype
 
@@ -78,16 +78,43 @@ def dot(
     return choose(cuda=kernel), how
 
 
+def _first(q: QTensor, batch: Sequence[int]) -> list[int]:
+    return [q.kept.index(a) for a in batch]
+
+
+def takes(q: QTensor) -> bool:
+    """Whether the side of `q` takes what it carries out of the input."""
+    return q.side is not None and q.side.taken is not None
+
+
+def fits(q: QTensor, batch: Sequence[int]) -> bool:
+    """Whether a product that shares the axes `batch` can run on the codes of `q` and its side, one beside the other.
+
+    It can't where the side takes something else out of the input for each entry of an axis that the input lacks.
+    """
+    return not takes(q) or _side.can_take(q.side, _first(q, batch))  # type: ignore[arg-type]
+
+
+def apart(x: jax.Array, q: QTensor, batch: Sequence[int], precision: Any) -> tuple[jax.Array, jax.Array]:
+    """What the codes of `q` are multiplied with, of the shape and dtype of `x` `[*batch axes, tokens, n]`; and t, what
+    goes to its side."""
+    assert q.side is not None
+    first = _first(q, batch)
+    t = _side.thin(x, q.side, first, precision)
+    return _side.taken_out(x, t, q.side, first, precision) if takes(q) else x, t
+
+
 def beside(
-    run: Callable[[QTensor, Any], tuple[jax.Array, How]], x: jax.Array, q: QTensor, batch: Sequence[int], precision: Any
+    run: Callable[[QTensor, Any], tuple[jax.Array, How]], t: jax.Array, q: QTensor, batch: Sequence[int], precision: Any
 ) -> tuple[jax.Array, How]:
-    """A product of `x` `[*batch axes, tokens, n]` with codes and with the side of `q`, which is never made an array.
+    """A product with codes and with the side of `q`, which is never made an array.
 
     Args:
       run: `(q without its side, dtype to sum in) ->` the product with the codes, and how it runs.
+      t: what goes to the side (see `apart`).
     """
     assert q.side is not None
-    more = _side.product(x, q.side, [q.kept.index(a) for a in batch], precision)
+    more = _side.spread(t, q.side, _first(q, batch), precision)
     out, how = run(q.replace(side=None), more.dtype)
-    text = f"{how.text}; beside it a side of rank {q.side.rank}, as two thin products"
+    text = f"{how.text}; beside it a {q.side.words}, as {'two' if q.side.taken is None else 'three'} thin products"
     return out + more.astype(out.dtype), how._replace(text=text)

@@ -20,7 +20,7 @@ from jquant.core.formats import ELEMENTS, BlockParams, Format, decode
 from jquant.core.qtensor import QTensor
 from jquant.ops import gpu, gpu_codes
 from jquant.ops.choice import PROVEN, How, pick, words
-from jquant.ops.dot import beside
+from jquant.ops.dot import apart, beside, fits, takes
 from jquant.ops.dot import dot as float_dot
 from jquant.ops.operands import Side, floats8, integers
 
@@ -33,7 +33,8 @@ def dot(
 ) -> tuple[jax.Array, How]:
     """Rounds `x` as `q.activation` says and contracts its last axis with the contracted axes of `q`.
 
-    A side of `q` is multiplied by what the rounded `x` stands for, in the dtype of `x`.
+    A side of `q` is multiplied by what the rounded `x` stands for, in the dtype of `x`; one that takes what it carries
+    out of the input, by `x` itself, and rounded is what is left.
 
     Args:
       x: `[*batch axes, tokens, n]`, any float dtype.
@@ -47,12 +48,18 @@ def dot(
     """
     act = q.activation
     assert act is not None
-    codes, params = encode_input(x, act, static_params(q, batch))
-    if q.side is not None:
-        run = lambda q, wide: _codes_dot(codes, params, q, batch, jnp.float32, kernels)
-        out, how = beside(run, decode(codes, params, act.format).astype(x.dtype), q, batch, None)
+    if not fits(q, batch):
+        x = round_input(x.astype(jnp.float32), act, static_params(q, batch))
+        out, how = float_dot(x, q.replace(dtype="float32"), batch=batch, precision=_FULL, kernels=kernels)
         return out.astype(out_dtype), how
-    return _codes_dot(codes, params, q, batch, out_dtype, kernels)
+    rest, t = apart(x, q, batch, None) if takes(q) else (x, None)
+    codes, params = encode_input(rest, act, static_params(q, batch))
+    if q.side is None:
+        return _codes_dot(codes, params, q, batch, out_dtype, kernels)
+    if t is None:
+        _, t = apart(decode(codes, params, act.format).astype(x.dtype), q, batch, None)
+    out, how = beside(lambda q, wide: _codes_dot(codes, params, q, batch, jnp.float32, kernels), t, q, batch, None)
+    return out.astype(out_dtype), how
 
 
 def _codes_dot(

@@ -73,6 +73,38 @@ def dot(
     return run(x, q, sizes), found[0]._replace(text=f"expert by expert, {found[0].text}")
 
 
+def apart(x: jax.Array, q: QTensor, sizes: jax.Array, precision: Any) -> tuple[jax.Array, jax.Array]:
+    """`ops.dot.apart` of rows `[m, n]`, each with the factors of its expert: x' `[m, n]` and t `[m, r]`."""
+    assert q.side is not None
+    right, taken = (_of_experts(a, q, x.dtype) for a in (q.side.right, q.side.taken))
+    thin = partial(_thin, sizes=sizes, precision=precision)
+    t = thin(x, right.swapaxes(-1, -2)).astype(x.dtype)
+    what = thin(t, taken)
+    return (x.astype(what.dtype) - what).astype(x.dtype), t
+
+
+def beside(
+    run: Callable[[QTensor, Any], tuple[jax.Array, How]], t: jax.Array, q: QTensor, sizes: jax.Array, precision: Any
+) -> tuple[jax.Array, How]:
+    """`ops.dot.beside` of such rows."""
+    assert q.side is not None
+    left = q.side.left.reshape(q.side.left.shape[0], -1, q.side.rank).astype(t.dtype)
+    more = _thin(t, left.swapaxes(-1, -2), sizes, precision)
+    out, how = run(q.replace(side=None), None)
+    return out + more.astype(out.dtype), how._replace(text=f"{how.text}; beside it a {q.side.words}")
+
+
+def _of_experts(factor: Any, q: QTensor, dtype: Any) -> jax.Array:
+    """B or C, `[experts, r, n]`."""
+    r, n = factor.shape[-2:]
+    return jnp.broadcast_to(factor, (q.codes[0].shape[0], *factor.shape[1:])).reshape(-1, r, n).astype(dtype)
+
+
+def _thin(x: jax.Array, w: jax.Array, sizes: jax.Array, precision: Any) -> jax.Array:
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    return lax.ragged_dot(x, w, sizes, precision=precision, preferred_element_type=wide)
+
+
 def _ends(sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
     ends = jnp.cumsum(sizes.astype(jnp.int32))
     return ends - sizes.astype(jnp.int32), ends

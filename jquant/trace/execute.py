@@ -13,6 +13,7 @@ from jquant.core.errors import KernelError
 from jquant.core.per_use import is_node
 from jquant.core.qtensor import QTensor, is_qtensor
 from jquant.ops.choice import KERNELS, How
+from jquant.ops.dot import takes
 from jquant.trace import compat, interpreter, rounding, view
 from jquant.trace.function import Traced, split_arrays, trace_call
 from jquant.trace.sites import full_axes
@@ -128,14 +129,19 @@ def _run_dot(use: Use, kernels: str) -> tuple[jax.Array, How]:
 
 def _run_ragged(use: Use, kernels: str, clip: bool) -> tuple[jax.Array, How]:
     """The input is rounded in floats, each row with the range of its expert; the products are those of its values."""
-    args = rounding.round_args(use, clip) if rounding.rounds_in_float(use) else use.args
+    q, params, (x, _, sizes) = use.ref.value, use.eqn.params, use.args
+    t = None
+    if rounding.rounds_in_float(use):
+        if takes(q):
+            x, t = ops.ragged.apart(x, q, sizes, params["precision"])
+        x = rounding.round_args(use._replace(args=(x, *use.args[1:])), clip)[0]
     array = lambda q: use.ref.replace(value=q).array()
     plain = lambda x, q, sizes: compat.bind(use.eqn, x, array(q), sizes)[0]
-    params = use.eqn.params
-    return ops.ragged.dot(
-        args[0], use.ref.value, args[2], plain, cast=use.ref.cast, precision=params["precision"],
+    run = lambda q, _: ops.ragged.dot(
+        x, q, sizes, plain, cast=use.ref.cast, precision=params["precision"],
         preferred=params["preferred_element_type"], kernels=kernels,
     )  # fmt: skip
+    return run(q, None) if t is None else ops.ragged.beside(run, t, q, sizes, params["precision"])
 
 
 def _run_lookup(use: Use) -> tuple[jax.Array, How]:

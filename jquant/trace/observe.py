@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from jquant.core.activation import Activation
 from jquant.core.histogram import histogram
+from jquant.core.qtensor import is_qtensor
 from jquant.core.stats import Stats, merge
+from jquant.ops.dot import apart, fits, takes
 from jquant.ops.low_precision import round_input
 from jquant.trace import compat, interpreter
 from jquant.trace.sites import full_axes, input_key
@@ -112,7 +114,7 @@ class ObserveReader:
             self.skipped[use.ref.path] = reason
             return
         act = self.rounds.get(use.ref.path)
-        key = ("observed", act, *input_key(use))
+        key = ("observed", act, _taking(use), *input_key(use))
         if key not in frame.known:
             name = (*frame.scope, id(use.eqn), act)
             scans = tuple(i.by for i in use.ref.stack if i.at == "scanned")
@@ -158,8 +160,11 @@ def _place(use: Use, observed: Observed) -> Observed:
 
 
 def statistics(use: Use, needs: frozenset[str], act: Activation | None = None) -> Observed:
-    """The statistics of a use's input, its leading axes those of `use.batch`."""
-    x = other = _rows(use)
+    """The statistics of a use's input, its leading axes those of `use.batch`.
+
+    Where a side of the weight takes something out of the input, they are of what is left.
+    """
+    x = other = _left_rows(use) if _taking(use) else _rows(use)
     cross = None
     if "cross" in needs:
         x, other = both(x)
@@ -169,7 +174,7 @@ def statistics(use: Use, needs: frozenset[str], act: Activation | None = None) -
         cross = _cross(use, x.astype(jnp.float32), other.astype(jnp.float32))
     weight = None
     if use.kind == "ragged_dot":
-        x, weight = x[None], _expert_mask(use)
+        x, weight = x if x.ndim == 3 else x[None], _expert_mask(use)
     seen = observe_rows(x, needs, weight)
     seen = seen._replace(stats=seen.stats._replace(cross=cross))
     if "histogram" not in needs:
@@ -259,6 +264,21 @@ def _rows(use: Use) -> jax.Array:
     if use.kind == "conv":
         return _patches(use)
     return use.args[0]
+
+
+def _taking(use: Use) -> int:
+    """Which side takes something out of the input before the product; 0 for none."""
+    q = use.ref.value
+    fused = is_qtensor(q) and takes(q) and (use.kind == "ragged_dot" or use.kind == "dot" and fits(q, use.how.batch))
+    return id(q.side.taken) if fused else 0
+
+
+def _left_rows(use: Use) -> jax.Array:
+    """What is left of the rows, `[*batch, tokens, n]`; of a ragged product for each expert."""
+    q, x = use.ref.value, _rows(use)
+    if use.kind == "dot":
+        return apart(x, q, use.how.batch, _FULL)[0]
+    return apart(jnp.broadcast_to(x, (q.shape[use.batch[0]], *x.shape)), q, use.batch, _FULL)[0]
 
 
 def _expert_mask(use: Use) -> jax.Array:

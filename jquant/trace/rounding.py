@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jquant.core.formats import BlockParams
 from jquant.core.qtensor import QTensor
 from jquant.ops.choice import How
-from jquant.ops.dot import beside
+from jquant.ops.dot import apart, beside, fits, takes
 from jquant.ops.low_precision import round_input, static_params
 from jquant.trace.uses import Use
 
@@ -44,10 +44,14 @@ def straight_dot(use: Use, run: Runner, clip: bool) -> tuple[jax.Array, How]:
 def _float_dot(use: Use, clip: bool) -> jax.Array:
     """The product of the rounded operands, in floats."""
     q, how, params = use.ref.value, use.how, use.eqn.params
-    x = how.operand(use.x)
+    x, t = how.operand(use.x), None
+    precision, preferred = params["precision"], params["preferred_element_type"]
+    if takes(q) and fits(q, how.batch):
+        x, t = apart(x, q, how.batch, precision)
     if q.activation is not None:
         x = round_input(x, q.activation, static_params(q, how.batch), clip)
-    precision, preferred = params["precision"], params["preferred_element_type"]
+    if q.side is not None and not takes(q):
+        x, t = apart(x, q, how.batch, precision)
 
     def decoded(q: QTensor, wide: Any = None) -> tuple[jax.Array, How]:
         rows = use.ref.cast(q.rows().astype(q.dtype))
@@ -57,7 +61,7 @@ def _float_dot(use: Use, clip: bool) -> jax.Array:
         out = jax.lax.dot_general(x, rows, numbers, precision=precision, preferred_element_type=preferred_type)
         return out, How("")
 
-    return dot_result(use, (decoded(q) if q.side is None else beside(decoded, x, q, how.batch, precision))[0])
+    return dot_result(use, (decoded(q) if t is None else beside(decoded, t, q, how.batch, precision))[0])
 
 
 def dot_result(use: Use, out: jax.Array) -> jax.Array:

@@ -318,10 +318,10 @@ def reseal(path: Path, **changes) -> None:
 
 def test_a_newer_format_says_so_before_all_else(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "c")
-    newer = {"format": "jquant checkpoint", "format_version": 4, "jquant_version": "9.1", "sha256": "of another kind"}
+    newer = {"format": "jquant checkpoint", "format_version": 5, "jquant_version": "9.1", "sha256": "of another kind"}
     (tmp_path / "c" / "jquant.json").write_text(json.dumps(newer))
     for read in (load, read_metadata, verify):
-        with pytest.raises(CheckpointError, match=r"version 4, written by jquant 9.1, .*up to 3; update jquant"):
+        with pytest.raises(CheckpointError, match=r"version 5, written by jquant 9.1, .*up to 4; update jquant"):
             read(tmp_path / "c")
 
 

@@ -79,15 +79,15 @@ def test_what_is_static_in_a_qtensor_is_read_back_as_it_was(model):
 
 
 def test_other_leaves_are_written_too():
-    """The side of `lowrank`, and the tied table that a rotation leaves as one."""
+    """The sides of `lowrank` and `lowrank_inputs`, and the tied table that a rotation leaves as one."""
     x = jnp.ones((2, 32))
     apply = lambda p, x: x @ p["w"]
     params = {"w": jax.random.normal(jax.random.key(0), (32, 8))}
-    method = jq.lowrank(2)
-    q = jq.quantize(apply, params, jq.INT4_G32, method, [x])
-    assert q["w"].side is not None
-    program = exported(jq.quantized(apply), ("cpu", "cuda"), q, x)
-    np.testing.assert_array_equal(program.call(q, x), jax.jit(jq.quantized(apply))(q, x))
+    for method in (jq.lowrank(2), jq.chain(jq.lowrank_inputs(2), jq.rtn())):
+        q = jq.quantize(apply, params, jq.INT4_G32, method, [x])
+        assert q["w"].side is not None
+        program = exported(jq.quantized(apply), ("cpu", "cuda"), q, x)
+        np.testing.assert_array_equal(program.call(q, x), jax.jit(jq.quantized(apply))(q, x))
     tied = jq.PerUse(params["w"], lookup=jnp.ones(8), product=None)
     program = exported(lambda p, i: p.value[i], ("cpu",), tied, 1)
     np.testing.assert_array_equal(program.call(tied, 1), params["w"][1])

@@ -45,7 +45,7 @@ def solve(p: Problem, fmt: Format = FMT, before: str = "", **settings):
     e = np.asarray(p.w - np.asarray(decode(done.codes, done.params, fmt)[0], np.float64))
     if side is None:
         return e, np.zeros_like(e), notes
-    left, right = (np.asarray(a[0].astype(jnp.float32), np.float64) for a in side)
+    left, right = (np.asarray(a[0].astype(jnp.float32), np.float64) for a in side[:2])
     return e, left @ right, notes
 
 
@@ -153,7 +153,7 @@ def test_a_budget_of_bytes_is_kept_and_used():
     for dtype, size in (("bfloat16", 2), ("float32", 4)):
         method = lowrank(budget=200, dtype=dtype)
         [side] = compiled(method, FMT)(jnp.asarray(p.w, jnp.float32)[None], stats_of(p.h)).sides
-        used = sum(a.nbytes for a in side)
+        used = sum(a.nbytes for a in side[:2])
         assert used <= 200 < used + size * 32
     _, s, notes = solve(p, budget=63)
     assert not s.any() and notes["no_side"].tolist() == [1]
@@ -168,7 +168,7 @@ def test_weights_solved_together_get_the_best_side_each():
     assert [s.left.shape for s in sides] == [(1, 8, 2), (1, 4, 2)]
     for (start, stop), side in zip(spans, sides):
         [alone] = compiled(method, FMT)(rows[:, start:stop], stats).sides
-        for a, b in zip(side, alone):
+        for a, b in zip(side[:2], alone[:2]):
             np.testing.assert_array_equal(a, b)
 
 
