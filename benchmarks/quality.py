@@ -75,7 +75,6 @@ TRIED = [
     f"rtn:{FP8}", f"{BEST}:{FP8}", f"rotate+smoothquant-search+best:{FP8}", f"best:{FP8}", f"qronos(act_order=True):{FP8}",
     f"{GPTQ}:{FP8}", f"{GPTQ_SEARCH}:{FP8}", f"lowrank_inputs(2)+{GPTQ}:{FP8}", f"{APART}:{FP8}",
     f"lowrank_inputs(2)+rtn-weighted+{GPTQ}:{FP8}", f"lowrank_inputs(1)+{GPTQ_SEARCH}:{FP8}",
-    f"lowrank_inputs(4)+{GPTQ_SEARCH}:{FP8}", f"lowrank_inputs(2)+best:{FP8}",
 ]  # fmt: skip
 
 
