@@ -28,6 +28,7 @@ INT4, INT4A, INT3A = "int4-g64-f32", "int4-g64-asym-f32", "int3-g64-asym-f32"
 W8A8, FP8, W4A8 = "int8+int8", "fp8_e4m3+fp8_e4m3", "int4-g64-f32+int8"
 GPTQ, BEST, BEST8 = "gptq-act-order", "rotate+best", "rotate+smoothquant-tokens+best"
 GPTQ_SEARCH = "gptq(act_order=True,search=True)"
+APART = f"lowrank_inputs(2)+{GPTQ_SEARCH}"
 
 # llm-compressor 0.14.0.1, measured once by benchmarks/peers/llm_compressor.py NAME: perplexity, KL, top-1, seconds, peak GB.
 PEER = {
@@ -61,7 +62,7 @@ FAMILIES = {
 }
 ROWS = list(dict.fromkeys([
     *(f"{BEST}:{f}" for f in (INT4, INT4A, INT3A, W8A8, FP8, "nvfp4-4o6", "mxfp4")), *PEER,
-    f"{BEST8}:{W8A8}", f"{GPTQ}:{FP8}", f"{GPTQ_SEARCH}:{FP8}", "rtn:mxfp4", "rtn:nvfp4", "rtn:int8+int8-mse-asym", *(f"{m}:{W4A8}" for m in ("smoothquant+rtn", f"rotate+{GPTQ}", BEST)),
+    f"{BEST8}:{W8A8}", f"{GPTQ}:{FP8}", f"{GPTQ_SEARCH}:{FP8}", f"lowrank_inputs(2)+{GPTQ}:{FP8}", f"{APART}:{FP8}", "rtn:mxfp4", "rtn:nvfp4", "rtn:int8+int8-mse-asym", *(f"{m}:{W4A8}" for m in ("smoothquant+rtn", f"rotate+{GPTQ}", BEST)),
 ]))  # fmt: skip
 
 
@@ -72,7 +73,8 @@ TRIED = [
     f"{BEST}:{W8A8}", f"rotate+smoothquant-search+best:{W8A8}", f"rotate+smoothquant-search(everywhere=True)+best:{W8A8}",
     f"{BEST8}:{W8A8}",
     f"rtn:{FP8}", f"{BEST}:{FP8}", f"rotate+smoothquant-search+best:{FP8}", f"best:{FP8}", f"qronos(act_order=True):{FP8}",
-    f"{GPTQ}:{FP8}", f"{GPTQ_SEARCH}:{FP8}",
+    f"{GPTQ}:{FP8}", f"{GPTQ_SEARCH}:{FP8}", f"lowrank_inputs(2)+{GPTQ}:{FP8}", f"{APART}:{FP8}",
+    f"lowrank_inputs(2)+rtn-weighted+{GPTQ}:{FP8}", f"lowrank_inputs(1)+{GPTQ_SEARCH}:{FP8}",
 ]  # fmt: skip
 
 
