@@ -88,14 +88,20 @@ def quantize(
     _check_weights({p: v for p, v in flatten_with_paths(params)[0] if p in targets})
     box = [params]
     del params  # if the caller kept no reference either, what a fold replaces is freed
-    params = folded(apply, box, targets, method, batches)
-    flat, treedef = flatten_with_paths(params)
-    if method.needs:
-        solved = _walk(apply, params, targets, method, batches, recipe, resume)
-    else:
-        solved = {p: _solve_whole(v, targets[p], method) for p, v in flat if p in targets}
-    tree = treedef.unflatten([holding(v, solved[p]) if p in solved else v for p, v in flat])
+    box.append(folded(apply, box, targets, method, batches))
+    tree = _walk(apply, box, targets, method, batches, recipe, resume) if method.needs else _each(box, targets, method)
     return add_activations(apply, tree, targets, batches)
+
+
+def _each(box: list[Any], targets: dict[str, Target], method: Method) -> Any:
+    """The parameters in `box`, each solved for itself; one that nothing else holds is freed when its codes are there."""
+    flat, treedef = flatten_with_paths(box.pop())
+    paths, leaves = [p for p, _ in flat], [leaf for _, leaf in flat]
+    del flat
+    for i, path in enumerate(paths):
+        if path in targets:
+            leaves[i] = holding(leaves[i], _solve_whole(leaves[i], targets[path], method))
+    return treedef.unflatten(leaves)
 
 
 def folded(apply: Any, box: list[Any], targets: dict[str, Target], method: Method, batches: list[Any]) -> Any:
@@ -198,11 +204,14 @@ def _warn(name: str, notes: dict[str, jax.Array]) -> None:
 
 
 def _walk(
-    apply: Any, params: Any, targets: dict[str, Target], method: Method, batches: list[Any], recipe: Recipe, resume: Any
-) -> dict[str, QTensor]:
+    apply: Any, box: list[Any], targets: dict[str, Target], method: Method, batches: list[Any], recipe: Recipe,
+    resume: Any,
+) -> Any:  # fmt: skip
+    """The parameters in `box`, the leaves of `targets` solved on the walk."""
     wanted = {p for p, t in targets.items() if t.observable}
     rounds = {p: t.activation for p, t in targets.items() if t.activation is not None and not t.activation.static}
-    walk = Walk(apply, params, batches, wanted, method.needs, rounds)
+    walk = Walk(apply, box[0], batches, wanted, method.needs, rounds)
+    treedef = flatten_with_paths(box.pop())[1]
     store, start, solved = None, 0, {}
     if resume is not None:
         names = (repr(recipe), method.name, jax.__version__)
@@ -220,7 +229,10 @@ def _walk(
             store.save(stop, new, walk.live_values, stop + 1 == len(walk))
 
     units = walk.run(solver, start, solved, after)
-    return {p: _assemble(p, t, walk, units) for p, t in targets.items()}
+    leaves = walk.leaves
+    for path, target in targets.items():
+        leaves[path] = holding(leaves[path], _assemble(path, target, walk, units))
+    return treedef.unflatten(leaves.values())
 
 
 class _Solver:
