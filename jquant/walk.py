@@ -204,6 +204,8 @@ class Walk:
             # The temporaries of two batches at a time: one is sent off while the one before it runs.
             jax.block_until_ready(outs)
             outs, totals = program.step(inputs, operands, totals)
+            if self.two:  # they are twice as large
+                jax.block_until_ready((outs, totals))
             del inputs
             gone += _bytes(batch.live)
             if k not in self.again:
