@@ -144,12 +144,31 @@ def test_a_float_weight_is_freed_when_its_codes_are_there(model, method, monkeyp
 
     quantize = importlib.import_module("jquant.quantize")
     solved = quantize._solved
+    counting.lower = solved.lower
     monkeypatch.setattr(quantize, "_solved", counting)
-    monkeypatch.setattr(quantize._Solver, "prepare", lambda self: None)
     q = jq.quantize(unrolled, box.pop(), RECIPE, method, batches)
     same_bits(q, jq.quantize(unrolled, model[0], RECIPE, method, batches))
     # A layer has three weights and two stops, and what a stop solved is read between the next two.
     assert alive[0] == len(refs) and alive[-1] <= 5, alive
+
+
+def test_a_function_is_traced_once_for_all_that_is_asked_of_it(model):
+    """Its sites, what it folds, the walks; the proof of a fold asks for a few tokens, and is a trace of its own."""
+    params, batches = model
+    calls = []
+
+    def apply(p, x):
+        calls.append(x.shape)
+        return unrolled(p, x)
+
+    method = jq.chain(jq.rotate(), jq.awq(clip=False), jq.gptq())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", jq.JQuantWarning)  # here is no stream that could be turned
+        q = jq.quantize(apply, params, RECIPE, method, batches)
+        assert sorted(calls) == [(2, 16, WIDTH), (8, 16, WIDTH)]
+        jq.quantize(apply, params, RECIPE, method, batches)  # nothing is kept from call to call
+        assert len(calls) == 4
+        same_bits(q, jq.quantize(unrolled, params, RECIPE, method, batches))
 
 
 def test_gptq_beats_rounding_on_inputs_it_did_not_see(model, by_gptq):
