@@ -4,6 +4,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from jquant.core.stats import Stats
 from jquant.ranges import add_activations
 from jquant.resume import Store, fingerprint
 from jquant.solvers.rtn import rtn
-from jquant.trace.function import call_args
+from jquant.trace.function import call_args, tracing_once
 from jquant.trace.observe import Observed, stats_shapes
 from jquant.trace.program import Unit
 from jquant.trace.sites import find_sites
@@ -84,19 +85,28 @@ def quantize(
         raise JQuantError("quantize: give at least one batch in `batches`; without data, one with the shapes is enough")
     if method.needs_data and any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batches)):
         raise JQuantError(f"quantize: {method.name} looks at calibration data, and the batches are shapes; give arrays")
-    args, kwargs = call_args(batches[0])
-    targets = plan_targets(find_sites(apply, params, *args, **kwargs), params, recipe)
-    _check_weights({p: v for p, v in flatten_with_paths(params)[0] if p in targets})
     box = [params]
-    del params  # if the caller kept no reference either, what a fold replaces is freed
-    params = folded(apply, box, targets, method, batches)
-    flat, treedef = flatten_with_paths(params)
-    if method.needs:
-        solved = _walk(apply, params, targets, method, batches, recipe, resume)
-    else:
-        solved = {p: _solve_whole(v, targets[p], method) for p, v in flat if p in targets}
-    tree = treedef.unflatten([holding(v, solved[p]) if p in solved else v for p, v in flat])
-    return add_activations(apply, tree, targets, batches)
+    del params  # if the caller kept no reference either, what is replaced is freed
+    args, kwargs = call_args(batches[0])
+    with tracing_once():
+        targets = plan_targets(find_sites(apply, box[0], *args, **kwargs), box[0], recipe)
+        _check_weights({p: v for p, v in flatten_with_paths(box[0])[0] if p in targets})
+        box.append(folded(apply, box, targets, method, batches))
+        more = (batches, recipe, resume)
+        tree = _walk(apply, box, targets, method, *more) if method.needs else _each(box, targets, method)
+        return add_activations(apply, tree, targets, batches)
+
+
+def _each(box: list[Any], targets: dict[str, Target], method: Method) -> Any:
+    """The parameters in `box`, each solved for itself; one that nothing else holds is freed once it is solved."""
+    flat, treedef = flatten_with_paths(box.pop())
+    paths, leaves = [p for p, _ in flat], [leaf for _, leaf in flat]
+    del flat
+    _compile_together(method, [(targets[p], held(v)) for p, v in zip(paths, leaves, strict=True) if p in targets])
+    for i, path in enumerate(paths):
+        if path in targets:
+            leaves[i] = holding(leaves[i], _solve_whole(leaves[i], targets[path], method))
+    return treedef.unflatten(leaves)
 
 
 def folded(apply: Any, box: list[Any], targets: dict[str, Target], method: Method, batches: list[Any]) -> Any:
@@ -168,10 +178,21 @@ def _flat_stats(stats: Stats, batch: int) -> Stats:
     return jax.tree.map(lambda a: a.reshape(batch, *a.shape[lead:]), stats)
 
 
+def _axes_alone(target: Target) -> tuple[Axes]:
+    return ((target.contracted, target.batch),)
+
+
+def _compile_together(method: Method, weights: list[tuple[Target, Any]]) -> None:
+    """Compiles what `_solve_whole` will run, several programs at a time."""
+    first = {(t.format, _axes_alone(t), w.shape, str(w.dtype)): w for t, w in weights}
+    lowered = [_solved.lower(method, *key[:2], [w], None) for key, w in first.items()]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda program: program.compile(), lowered))
+
+
 def _solve_whole(w: Any, target: Target, method: Method) -> QTensor:
     """A leaf without statistics."""
-    axes = ((target.contracted, target.batch),)
-    (q,), notes = _solved(method, target.format, axes, [jnp.asarray(held(w))], None)
+    (q,), notes = _solved(method, target.format, _axes_alone(target), [jnp.asarray(held(w))], None)
     _warn(target.path, notes)
     return q
 
@@ -199,13 +220,16 @@ def _warn(name: str, notes: dict[str, jax.Array]) -> None:
 
 
 def _walk(
-    apply: Any, params: Any, targets: dict[str, Target], method: Method, batches: list[Any], recipe: Recipe, resume: Any
-) -> dict[str, QTensor]:
+    apply: Any, box: list[Any], targets: dict[str, Target], method: Method, batches: list[Any], recipe: Recipe,
+    resume: Any,
+) -> Any:  # fmt: skip
+    """The parameters in `box`, the leaves of `targets` solved on the walk."""
     wanted = {p for p, t in targets.items() if t.observable}
     rounds = {p: t.activation for p, t in targets.items() if t.activation is not None and not t.activation.static}
     if method.first:  # what is rounded is what is left of an input when the walk has seen it
         rounds = {}
-    walk = Walk(apply, params, batches, wanted, method.needs, rounds)
+    walk = Walk(apply, box[0], batches, wanted, method.needs, rounds)
+    treedef = flatten_with_paths(box.pop())[1]
     store, start, solved = None, 0, {}
     if resume is not None:
         names = (repr(recipe), method.name, jax.__version__)
@@ -223,7 +247,10 @@ def _walk(
             store.save(stop, new, walk.live_values, stop + 1 == len(walk))
 
     units = walk.run(solver, start, solved, after)
-    return {p: _assemble(p, t, walk, units) for p, t in targets.items()}
+    leaves = walk.leaves
+    for path, target in targets.items():
+        leaves[path] = holding(leaves[path], _assemble(path, target, walk, units))
+    return treedef.unflatten(leaves.values())
 
 
 class _Solver:

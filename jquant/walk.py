@@ -2,12 +2,14 @@
 
 The model's line of parts (`trace.program`) is run once. In front of each group of matmuls that share an input the walk
 stops, accumulates that input's statistics over all batches, has the group solved, and goes on with the quantized
-weights. It holds the parameters, the activations that cross the cut, two batches of a part's temporaries and one
-group's statistics.
+weights. It holds the parameters (those that are solved and not read any more as codes only, if the caller let go of
+them), the activations that cross the cut, two batches of a part's temporaries and one group's statistics.
 
-For methods that ask for "cross" the float model walks beside it, part by part, on its own activations.
+For methods that ask for "cross" the float model walks beside it, part by part, on its own activations. Where those of
+both would be widest they are not kept: the part that makes them runs once more when they are read.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -47,6 +49,22 @@ class Job(NamedTuple):
 
 Axes = tuple[tuple[int, ...], tuple[int, ...]]  # the contracted axes of a weight, and those that are solved apart
 Solve = Callable[[list[Job], dict[int, Observed]], dict[Unit, Any]]
+
+
+class _Program(NamedTuple):
+    """The compiled part of a model.
+
+    Attributes:
+      step: `(inputs, operands, totals) -> (outputs, totals)`, the statistics added to those of the batches before.
+      outputs: `(inputs, operands) -> outputs`.
+      run: what both are made of.
+      part: whose, and of all parts of its key.
+    """
+
+    step: Callable[..., Any]
+    outputs: Callable[..., Any]
+    run: Callable[..., Any]
+    part: Part
 
 
 class _Batch:
@@ -99,8 +117,12 @@ class Walk:
             raise JQuantError("quantize: batches of different shapes run through different matmuls; give one shape")
         self.stops = stops
         self.units = set().union(*stops) if stops else set()
-        self.compiled: dict[Any, tuple[Any, Any, Part]] = {}
+        self.compiled: dict[Any, _Program] = {}
         self.two = "cross" in needs
+        self.again = _widest(self.batches[0].parts) if self.two else frozenset()
+        self.solved_at = {unit: k for k, units in enumerate(self.ready()) for unit in units}
+        self.units_of = Counter(unit.path for unit in self.units)
+        self.last_read = {o.unit.path: k for k in range(len(stops)) for b in self.batches for o in b.parts[k].operands}
         memory.give_back()
 
     def _prepare(
@@ -154,6 +176,7 @@ class Walk:
                 memory.give_back()
                 new = solve(jobs, seen)
                 done.update(new)
+                self._let_go(k, done)
                 if after is not None:
                     after(k, new)
         return done
@@ -164,23 +187,34 @@ class Walk:
         name = sorted(u.path for u in self.stops[k])[0]
         members: dict[Unit, dict[Member, None]] = {}
         skipped: dict[Unit, str] = {}
-        compiled: dict[int, tuple[Any, Any, Part]] = {}  # batches of one shape have one part, whose key is long
+        compiled: dict[int, _Program] = {}  # batches of one shape have one part, whose key is long
         outs: list[Any] = []
+        gone, catch_up = 0, self._catching_up(k, done)
         for batch in self.batches:
+            catch_up(batch)
             part = batch.parts[k]
             inputs = [batch.value(s) for s in part.inputs]
             operands = [self._value(o, done, values) for o in part.operands]
             if id(part) not in compiled:
                 compiled[id(part)] = self._compile(part)
-            fn, run, model = compiled[id(part)]
+            program = compiled[id(part)]
+            model = program.part
             if totals is None:
-                totals = nothing(jax.eval_shape(run, inputs, operands)[1])
+                totals = nothing(jax.eval_shape(program.run, inputs, operands)[1])
             # The temporaries of two batches at a time: one is sent off while the one before it runs.
             jax.block_until_ready(outs)
-            outs, totals = fn(inputs, operands, totals)
-            batch.advance(part, outs)
+            outs, totals = program.step(inputs, operands, totals)
+            if self.two:  # they are twice as large
+                jax.block_until_ready((outs, totals))
+            del inputs
+            gone += _bytes(batch.live)
+            if k not in self.again:
+                batch.advance(part, outs)
             if not outs:
                 jax.block_until_ready(totals)
+            if gone > _GONE:
+                memory.give_back()
+                gone = 0
             members = {unit: model.members.get(i, {}) for i, unit in part.observed.items()}
             skipped = {unit: model.skipped.get(i, "") for i, unit in part.observed.items()}
             progress.step(name)
@@ -189,10 +223,32 @@ class Walk:
         later = set().union(*self.stops[k + 1 :])
         return [Job(u, m, u not in later, skipped[u]) for u, m in members.items()], totals
 
-    def _compile(self, part: Part) -> tuple[Any, Any, Part]:
+    def _catching_up(self, k: int, done: dict[Unit, Any]) -> Callable[[_Batch], None]:
+        """What brings a batch in front of stop k where the part before it was run for its statistics only."""
+        if k - 1 not in self.again:
+            return lambda batch: None
+        then = {unit: q for unit, q in done.items() if self.solved_at[unit] < k - 1}
+        values: dict[Operand, Any] = {}
+
+        def catch_up(batch: _Batch) -> None:
+            part = batch.parts[k - 1]
+            operands = [self._value(o, then, values) for o in part.operands]
+            batch.advance(part, self._compile(part).outputs([batch.value(s) for s in part.inputs], operands))
+
+        return catch_up
+
+    def _let_go(self, k: int, done: dict[Unit, Any]) -> None:
+        """Behind stop k: a leaf that is solved as a whole, and that no part reads that is still to run."""
+        for unit, q in done.items():
+            if self.units_of[unit.path] == 1 and not unit.at and self.last_read[unit.path] < k:
+                self.leaves[unit.path] = holding(self.leaves[unit.path], q)
+
+    def _compile(self, part: Part) -> _Program:
         if part.key not in self.compiled:
             run = in_both(part.run) if self.two else part.run
-            self.compiled[part.key] = (jax.jit(_accumulating(run), donate_argnums=2), run, part)
+            step = jax.jit(_accumulating(run), donate_argnums=2)
+            outputs = jax.jit(lambda inputs, operands: run(inputs, operands)[0])
+            self.compiled[part.key] = _Program(step, outputs, run, part)
         return self.compiled[part.key]
 
     def _value(self, operand: Operand, done: dict[Unit, Any], values: dict[Operand, Any]) -> Any:
@@ -228,7 +284,7 @@ class Walk:
         """Puts back what `live_values` gave behind stop `k - 1`."""
         for batch, arrays in zip(self.batches, values, strict=True):
             live: dict[Sym, Any] = {}
-            for part in batch.parts[:k]:
+            for part in batch.parts[: k - (k - 1 in self.again)]:
                 live = {s: None for s in [*live, *part.outputs] if s in part.later}
             arrays = [jnp.asarray(a) for a in arrays]
             if self.two:
@@ -318,6 +374,27 @@ def observe(
         return {}
 
     walk.run(step)
+
+
+_GONE = 2**25  # bytes of activations; what is freed one by one stays in glibc's heaps, in pieces that fit nothing
+
+
+def _bytes(live: dict[Sym, Any]) -> int:
+    return sum(a.nbytes for a in jax.tree.leaves(list(live.values())))
+
+
+def _widest(parts: list[Part]) -> frozenset[int]:
+    """The parts to run twice: behind them more activations cross than need to be kept anywhere, if those are not."""
+    held, live = [0], dict[Sym, None]()
+    for part in parts:
+        live = {s: None for s in [*live, *part.outputs] if s in part.later}
+        held.append(sum(s.size * s.aval.dtype.itemsize for s in live))
+    least = max(map(min, held[1:], held[:-1]))
+    found: set[int] = set()
+    for k, size in enumerate(held[1:]):
+        if size > 1.1 * least and k - 1 not in found:
+            found.add(k)
+    return frozenset(found)
 
 
 _decoded: Any = jax.jit(lambda q: q.dequantize())

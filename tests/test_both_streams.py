@@ -8,6 +8,7 @@ import pytest
 import jquant as jq
 from jquant.core.method import Rounding
 from jquant.core.stats import Stats
+from jquant.walk import Walk
 from tests.interrupts import interrupt_walk
 from tests.test_quantize import (
     LAYERS,
@@ -87,6 +88,38 @@ def test_an_interrupted_run_ends_in_the_same_bits(model, by_qronos, tmp_path, mo
     again = jq.quantize(unrolled, params, RECIPE, jq.qronos(), batches, resume=tmp_path / "work")
     assert calls == [*range(4), *range(3, 2 * LAYERS)]
     same_bits(again, by_qronos)
+
+
+def wide(p, x):
+    for i in range(LAYERS):
+        x = x + jnp.tanh(jnp.tanh(x) @ p[f"up{i}"]) @ p[f"down{i}"]
+    return x
+
+
+def test_the_widest_activations_are_made_twice_and_change_no_bit(tmp_path, monkeypatch):
+    """Also where a run goes on behind a stop that kept none of them."""
+    shapes = {"up": (16, 64), "down": (64, 16)}
+    params = {f"{n}{i}": normal(i, *s, scale=0.3) for n, s in shapes.items() for i in range(LAYERS)}
+    batches = [normal(9, 64, 16), normal(8, 64, 16)]
+    run = lambda **how: jq.quantize(wide, params, jq.INT3_G64, jq.qronos(act_order=True), batches, **how)
+    held: list[int] = []
+    live = lambda self, *_: held.append(sum(a.nbytes for v in self.live_values() for a in v))
+    monkeypatch.setattr(Walk, "_let_go", live)
+    once = run()
+    kept, walk = list(held), Walk(wide, params, batches, set(params), frozenset({"gram", "cross"}))
+    assert walk.again == {1, 3}  # behind the last stop nothing is read
+    # In front of `up` crosses x in both streams, and tanh x: 16 channels each; the 64 in front of `down` don't.
+    assert max(kept) == 2 * 64 * 2 * 16 * (4 + 2)
+    monkeypatch.setattr("jquant.walk._widest", lambda parts: frozenset())
+    held.clear()
+    same_bits(run(), once)
+    assert max(held) == 2 * 64 * (16 + 64) * (4 + 2)
+    monkeypatch.undo()
+    for stop in (2, 3):
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            interrupt_walk(m, stop)
+            run(resume=tmp_path / str(stop))
+        same_bits(run(resume=tmp_path / str(stop)), once)
 
 
 def test_integers_masks_and_loops_that_are_not_walked_are_in_both_streams():

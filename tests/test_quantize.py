@@ -1,6 +1,8 @@
 """`quantize`: the driver. Each weight is solved on the inputs that the quantized part of the model produces."""
 
+import importlib
 import warnings
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 import jquant as jq
 import jquant.walk
 from jquant.core.method import Rounding
+from jquant.core.paths import flatten_with_paths
 from jquant.core.stats import Stats
 from jquant.walk import Walk
 from tests.interrupts import interrupt_walk
@@ -123,7 +126,49 @@ def test_equal_layers_are_compiled_once(model):
     assert len(walk) == 2 * LAYERS
     # The first and second stop, and the two of any later layer: its input is no argument.
     assert len(walk.compiled) == 4
-    assert sum(fn._cache_size() for fn, _, _ in walk.compiled.values()) == 4
+    assert sum(p.step._cache_size() for p in walk.compiled.values()) == 4
+
+
+@pytest.mark.parametrize("method", [jq.gptq(), jq.qronos(), jq.rtn()], ids=lambda m: m.name)
+def test_a_float_weight_is_freed_when_its_codes_are_there(model, method, monkeypatch):
+    """If the caller holds no reference."""
+    params, batches = model
+    params = jax.tree.map(lambda a: a.astype(jnp.float32) + 0, params)
+    refs = {p: weakref.ref(leaf) for p, leaf in flatten_with_paths(params)[0]}
+    box, alive = [params], []
+    del params
+
+    def counting(*args):
+        alive.append(sum(r() is not None for r in refs.values()))
+        return solved(*args)
+
+    quantize = importlib.import_module("jquant.quantize")
+    solved = quantize._solved
+    counting.lower = solved.lower
+    monkeypatch.setattr(quantize, "_solved", counting)
+    q = jq.quantize(unrolled, box.pop(), RECIPE, method, batches)
+    same_bits(q, jq.quantize(unrolled, model[0], RECIPE, method, batches))
+    # A layer has three weights and two stops, and what a stop solved is read between the next two.
+    assert alive[0] == len(refs) and alive[-1] <= 5, alive
+
+
+def test_a_function_is_traced_once_for_all_that_is_asked_of_it(model):
+    """Its sites, what it folds, the walks; the proof of a fold asks for a few tokens, and is a trace of its own."""
+    params, batches = model
+    calls = []
+
+    def apply(p, x):
+        calls.append(x.shape)
+        return unrolled(p, x)
+
+    method = jq.chain(jq.rotate(), jq.awq(clip=False), jq.gptq())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", jq.JQuantWarning)  # here is no stream that could be turned
+        q = jq.quantize(apply, params, RECIPE, method, batches)
+        assert sorted(calls) == [(2, 16, WIDTH), (8, 16, WIDTH)]
+        jq.quantize(apply, params, RECIPE, method, batches)  # nothing is kept from call to call
+        assert len(calls) == 4
+        same_bits(q, jq.quantize(unrolled, params, RECIPE, method, batches))
 
 
 def test_gptq_beats_rounding_on_inputs_it_did_not_see(model, by_gptq):

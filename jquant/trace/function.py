@@ -1,6 +1,8 @@
 """A user's function and its arguments, traced: the jaxpr with one input for each parameter leaf and each array."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +54,19 @@ def _check(path: str, leaf: Any) -> None:
         raise DamagedQTensorError(f"{path}: {error}") from None
 
 
+_known: ContextVar[dict[Any, Any] | None] = ContextVar("known", default=None)
+
+
+@contextmanager
+def tracing_once() -> Iterator[None]:
+    """Inside, `trace_call` traces a function once for all parameters and arguments of the same shapes."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
 def trace_call(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
     """Traces `apply(params, *args, **kwargs)` at its arguments' shapes. Nothing is run, nothing is patched.
 
@@ -72,9 +87,34 @@ def trace_call(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwar
         args, kwargs = rebuild(arrays)
         return apply(treedef.unflatten(leaves), *args, **kwargs)
 
+    known = _known.get()
+    key = None if known is None else _trace_key(apply, paths, leaves, args, kwargs)
+    if known is not None and key in known:
+        jaxpr, out_tree, _ = known[key]
+        return Traced(jaxpr, paths, leaves, arrays, out_tree)
     shapes = [compat.stand_in(v.arrays, v.shape, v.dtype) if is_node(v) else v for v in leaves]
     jaxpr, out_tree = compat.trace(call, shapes, arrays)
+    if known is not None and key is not None:
+        known[key] = jaxpr, out_tree, apply  # an id is the function's while it lives
     return Traced(jaxpr, paths, leaves, arrays, out_tree)
+
+
+def _trace_key(
+    apply: Any, paths: list[str], leaves: list[Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Equal for calls of equal traces; None where that can't be told."""
+    arrays, key = call_key(tuple(args), kwargs)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((leaves, arrays))):
+        return None
+    known = bool(jax.config.jax_enable_x64), id(apply), tuple(paths), tuple(map(_kind, (*leaves, *arrays)))
+    return *known, key
+
+
+def _kind(x: Any) -> tuple[Any, ...]:
+    """What a trace can depend on in an array."""
+    shape = compat.abstract(x)
+    sharding = None if is_node(x) or isinstance(x, jax.ShapeDtypeStruct) else getattr(jax.typeof(x), "sharding", None)
+    return shape.shape, shape.dtype, getattr(shape, "weak_type", False), str(sharding)
 
 
 def call_key(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
