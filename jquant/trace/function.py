@@ -106,7 +106,7 @@ def _trace_key(
     arrays, key = call_key(tuple(args), kwargs)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((leaves, arrays))):
         return None
-    known = bool(jax.config.jax_enable_x64), id(apply), tuple(paths), tuple(map(_kind, (*leaves, *arrays)))
+    known = jax.config.read("jax_enable_x64"), id(apply), tuple(paths), tuple(map(_kind, (*leaves, *arrays)))
     return *known, key
 
 
