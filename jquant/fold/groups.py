@@ -9,6 +9,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from jquant.core import memory
 from jquant.core.formats import Format
 from jquant.core.method import Folding
 from jquant.core.per_use import held
@@ -224,6 +225,7 @@ def scaled(
     choices = _Choices(groups, ask)
     if paths := {m.site.path for g in groups for m in g.matrices}:
         job.observe(job.params, paths, needs, choices.take)
+    memory.give_back()  # what the walk held lies about in the heap
     for group, _ in choices.waiting:
         job.miss(name, f"{group} is left as it is: not all of them could be observed")
 
