@@ -44,7 +44,9 @@ def test_equals_the_dequantized_model_and_runs_as_fused_as_without(model: Model,
     assert_same(quantized(model.name)(q, *model.args), want, rtol=2**-7 if in_16_bits else 1e-5)
     reads = jq.explain(model.apply, q, *model.args, **model.kwargs)
     assert sum(r.fused for r in reads) == model.fused
-    assert all(("side of rank 2" in r.how) == (r.fused and r.kind != "lookup") for r in reads)
+    # There `side_for` has B differ along an axis that is not the experts': what it takes has no place in the input.
+    beside = not (takes and model.name == "experts_odd_order")
+    assert all(("side of rank 2" in r.how) == (beside and r.fused and r.kind != "lookup") for r in reads)
 
 
 def linear(p, x):
