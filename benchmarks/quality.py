@@ -174,15 +174,17 @@ def plot(kept: dict[str, dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(8, 5))
+    fig, ax = plt.subplots(figsize=(10.5, 5))
     methods = sorted({row.split(":")[0] for row in kept})
+    colors = plt.get_cmap("tab20").colors
+    assert len(methods) <= len(colors), "two methods would look alike"
     for i, method in enumerate(methods):
         mine = sorted(
             (r["weight_bytes"] / r["weights"], r["kl"], row) for row, r in kept.items() if row.split(":")[0] == method
         )
-        ax.plot([x for x, _, _ in mine], [y for _, y, _ in mine], "o-", color=f"C{i}", label=method, alpha=0.9, lw=1)
+        ax.plot([x for x, _, _ in mine], [y for _, y, _ in mine], "o-", color=colors[i], label=method, alpha=0.9, lw=1)
         theirs = [(x, PEER[row][2]) for x, _, row in mine if row in PEER]
-        ax.plot([x for x, _ in theirs], [y for _, y in theirs], "x", color=f"C{i}", ms=9, mew=2)
+        ax.plot([x for x, _ in theirs], [y for _, y in theirs], "x", color=colors[i], ms=9, mew=2)
     ax.plot([], [], "x", color="0.4", ms=9, mew=2, label="llm-compressor, same method")
     ax.set(xlabel="bytes per quantized weight, scales included", ylabel="KL(float || quantized), nats per token")
     ax.set_yscale("log")
@@ -191,7 +193,7 @@ def plot(kept: dict[str, dict], path: Path) -> None:
     ax.minorticks_off()
     ax.set_title("SmolLM2-135M, 64 x 512 calibration tokens")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     fig.tight_layout()
     fig.savefig(path, dpi=140)
 
