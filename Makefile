@@ -8,7 +8,8 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-INSTALL := -m pip install -qq --disable-pip-version-check
+# Python compiles what it imports; pip would compile all of JAX, which takes longer than to download it.
+INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 
 .PHONY: help demo test test-fast test-peers test-gpu-compile lint format setup clean
 .DELETE_ON_ERROR:

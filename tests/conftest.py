@@ -37,9 +37,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Fast tests spend their time in the compiler: theirs does little. Slow ones, and those marked `optimized`, get
-    what users get; their fixtures too, so that bits can be compared.
+    what users get; their fixtures too, so that bits can be compared. Those that are only long, `slow(optimized=False)`,
+    are compiled as fast ones.
     """
-    as_users = {"slow", "optimized"} & {m.name for m in item.iter_markers()}
+    slow = item.get_closest_marker("slow")
+    as_users = item.get_closest_marker("optimized") or (slow and slow.kwargs.get("optimized", True))
     jax.config.update("jax_disable_most_optimizations", not as_users and jax.default_backend() == "cpu")
 
 

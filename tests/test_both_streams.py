@@ -68,6 +68,7 @@ def test_scanned_layers_give_the_codes_of_unrolled_ones(model, by_qronos):
             same_bits(jax.tree.map(lambda a, i=i: a[i], two[n].arrays), by_qronos[f"layer{i}"][n].arrays)
 
 
+@pytest.mark.slow(optimized=False)
 def test_qronos_beats_gptq_on_inputs_it_did_not_see(model, by_qronos):
     params, batches = model
     x = inputs(77)
@@ -80,6 +81,7 @@ def test_qronos_beats_gptq_on_inputs_it_did_not_see(model, by_qronos):
     assert error(by_qronos) < error(gptaq) < gptq
 
 
+@pytest.mark.slow(optimized=False)
 def test_an_interrupted_run_ends_in_the_same_bits(model, by_qronos, tmp_path, monkeypatch):
     params, batches = model
     calls = interrupt_walk(monkeypatch, 3)
@@ -96,6 +98,7 @@ def wide(p, x):
     return x
 
 
+@pytest.mark.slow(optimized=False)
 def test_the_widest_activations_are_made_twice_and_change_no_bit(tmp_path, monkeypatch):
     """Also where a run goes on behind a stop that kept none of them."""
     shapes = {"up": (16, 64), "down": (64, 16)}
@@ -122,6 +125,7 @@ def test_the_widest_activations_are_made_twice_and_change_no_bit(tmp_path, monke
         same_bits(run(resume=tmp_path / str(stop)), once)
 
 
+@pytest.mark.slow(optimized=False)
 def test_integers_masks_and_loops_that_are_not_walked_are_in_both_streams():
     """A quantized table decides what is looked up and masked behind it; a loop sums its statistics of both."""
 
@@ -143,6 +147,7 @@ def test_integers_masks_and_loops_that_are_not_walked_are_in_both_streams():
     assert np.any(by["gptq()"] != by["qronos()"])  # what the loop hands on differs in the two
 
 
+@pytest.mark.slow(optimized=False)
 def test_experts_are_solved_as_by_gptq():
     """The two models may send a token to different experts, or list an expert's tokens in another order."""
 
@@ -167,6 +172,7 @@ def test_only_the_walk_has_both_models(model):
         jq.qronos().solve(Rounding(params["layer0"]["a"].T[None]), jax.tree.map(lambda a: a[None], stats), jq.INT4)
 
 
+@pytest.mark.slow(optimized=False)
 @pytest.mark.parametrize("method", [jq.gptq(), jq.qronos()], ids=lambda m: m.name)
 def test_inputs_that_will_be_rounded_are_rounded_in_the_walk(method):
     """Every weight is solved on the rounded inputs that the quantized part produces, beside the float model's own."""

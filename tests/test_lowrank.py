@@ -33,6 +33,7 @@ def error(apply, q, params, x):
     return float(jnp.mean((jax.jit(jq.quantized(apply))(q, x) - apply(params, x)) ** 2))
 
 
+@pytest.mark.slow(optimized=False)
 def test_each_weight_has_its_side_and_the_output_is_nearer(model, qparams):
     params, batches = model
     plain = jq.quantize(unrolled, params, RECIPE, jq.gptq(), batches)
@@ -48,6 +49,7 @@ def test_each_weight_has_its_side_and_the_output_is_nearer(model, qparams):
     np.testing.assert_array_equal(qparams["layer0"]["a"].codes[0], plain["layer0"]["a"].codes[0])
 
 
+@pytest.mark.slow(optimized=False)
 def test_scanned_layers_get_the_sides_of_unrolled_ones(model, qparams):
     params, batches = model
     q = jq.quantize(scanned, stacked(params), RECIPE, METHOD, batches)

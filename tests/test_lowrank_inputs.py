@@ -61,6 +61,7 @@ def test_unrounded_inputs_meet_what_the_leaf_stands_for(qparams):
     np.testing.assert_allclose(quick(jq.quantized(unrolled))(weights, x), want, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.slow(optimized=False)
 def test_scanned_layers_get_the_sides_of_unrolled_ones(model, qparams):
     params, batches = model
     q = jq.quantize(scanned, stacked(params), RECIPE, METHOD, batches)

@@ -96,6 +96,7 @@ def by_hand(params, batches, method, fmt):
     return out
 
 
+@pytest.mark.slow(optimized=False)
 def test_the_walk_solves_each_weight_on_what_the_quantized_part_produces(model, by_gptq):
     params, batches = model
     got = jq.dequantize(by_gptq)
@@ -152,6 +153,7 @@ def test_a_float_weight_is_freed_when_its_codes_are_there(model, method, monkeyp
     assert alive[0] == len(refs) and alive[-1] <= 5, alive
 
 
+@pytest.mark.slow(optimized=False)
 def test_a_function_is_traced_once_for_all_that_is_asked_of_it(model):
     """Its sites, what it folds, the walks; the proof of a fold asks for a few tokens, and is a trace of its own."""
     params, batches = model
@@ -171,6 +173,7 @@ def test_a_function_is_traced_once_for_all_that_is_asked_of_it(model):
         same_bits(q, jq.quantize(unrolled, params, RECIPE, method, batches))
 
 
+@pytest.mark.slow(optimized=False)
 def test_gptq_beats_rounding_on_inputs_it_did_not_see(model, by_gptq):
     params, batches = model
     x = inputs(77)
@@ -181,6 +184,7 @@ def test_gptq_beats_rounding_on_inputs_it_did_not_see(model, by_gptq):
     assert error(by_gptq) < 0.8 * error(jq.quantize(unrolled, params, RECIPE, jq.rtn(), batches))
 
 
+@pytest.mark.slow(optimized=False)
 def test_batches_may_have_any_size_and_come_from_an_iterator(model):
     params, batches = model
     whole = jnp.concatenate(batches)
@@ -340,6 +344,7 @@ def test_quantized_leaves_stay_and_float_leaves_are_the_same_objects(model):
     assert then["layer1"]["a"].format == jq.INT3_G64 and then["head"] is params["head"]
 
 
+@pytest.mark.slow(optimized=False)
 def test_bf16_parameters_stay_bf16(model):
     params, batches = model
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)

@@ -23,6 +23,7 @@ from tests.checkpoint.cases import every_leaf, small_tree
 from tests.core.cases import EVERY_FORMAT, PRESET_FORMATS, any_bits, normal, rtn, same_bits, same_tree
 
 
+@pytest.mark.slow(optimized=False)
 def test_every_format(tmp_path):
     """All formats in one tree; contracted axes of every kind among them."""
     axes = [((11, 3), (0,)), ((3, 11), (-1,)), ((2, 3, 5), (0, 2)), ((7,), (0,)), ((4, 3), ())]

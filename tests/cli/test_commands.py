@@ -45,6 +45,7 @@ def test_quantize_by_gptq_writes_a_folder_that_holds_everything(files, tmp_path,
     assert kinds == {f"layers/{i}/mlp/up/kernel": "int4-g16" for i in (0, 1)}
 
 
+@pytest.mark.slow(optimized=False)
 def test_quantize_equals_the_library(files):
     model = jq.models.load(files / "model")
     recipe = jq.Recipe({"*embed*": None, "*lm_head*": None, "*": jq.parse_format("int4-g16")})
@@ -57,6 +58,7 @@ def test_quantize_equals_the_library(files):
     np.testing.assert_allclose(saved.apply(saved.params, tokens), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(optimized=False)
 @pytest.mark.parametrize("recipe, static", [("w8a8", False), ("int8+fp8_e4m3-p99.9", True), ("*up*=w8a8-static", True)])
 def test_policies_quantize_evaluate_and_are_shown(files, tmp_path, capsys, recipe, static):
     out, data = tmp_path / "out", ["--calibration", files / "text.txt", "--samples", 3, "--length", 32]
@@ -169,6 +171,7 @@ def generate(capsys, files, *argv, model="saved"):
     return call(capsys, "generate", files / model, "--max-tokens", 12, *argv)
 
 
+@pytest.mark.slow(optimized=False)
 def test_generate_streams_what_the_library_generates(files, capsys):
     code, shown, said = generate(capsys, files, "--prompt", "It was")
     model = jq.models.load(files / "saved")
@@ -178,12 +181,14 @@ def test_generate_streams_what_the_library_generates(files, capsys):
     assert re.search(r"prompt: 6 tokens, \d+ tokens/s; new: 12 tokens, [\d.]+ tokens/s", said)
 
 
+@pytest.mark.slow(optimized=False)
 def test_generate_samples_by_seed(files, capsys):
     warm = ["--prompt", "It", "--temperature", "1.5", "--top-k", "200", "--top-p", "0.99"]
     one, again, other = (generate(capsys, files, *warm, "--seed", seed)[1] for seed in (1, 1, 2))
     assert one == again != other
 
 
+@pytest.mark.slow(optimized=False)
 def test_generate_reads_the_prompt_from_standard_input(files, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin.read", lambda: "It was", raising=False)
     assert generate(capsys, files, "--prompt", "-")[1] == generate(capsys, files, "--prompt", "It was")[1]
@@ -231,6 +236,7 @@ def test_on_the_demo_model_gptq_beats_round_to_nearest(tmp_path, capsys):
     assert reference["nbytes"] > 3 * gptq["nbytes"] and gptq["bits"] == 4.25
 
 
+@pytest.mark.slow(optimized=False)
 def test_generate_fits_the_cache_to_a_text(files, capsys):
     """As the library does with the text's first windows; a cache that rounds no keys has nothing to fit."""
     name = "keys=int4-g8-asym-rot,values=fp8_e4m3-tensor"

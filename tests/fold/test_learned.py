@@ -132,6 +132,7 @@ def test_the_error_grows_with_the_range_of_its_block(text):
     np.testing.assert_allclose(still, 0, atol=1e-7)
 
 
+@pytest.mark.slow(optimized=False)
 @pytest.mark.parametrize("name", ["fused", "scanned", "experts"])
 def test_the_layers_objective_is_the_error_of_what_quantize_returns(name):
     """tr(E H E^T) / tr(W H W^T) in float64 numpy, of the model that `rotate` and `rtn` make."""

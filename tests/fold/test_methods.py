@@ -87,6 +87,7 @@ def test_same_seed_same_bits():
     assert same == [True, False]
 
 
+@pytest.mark.slow(optimized=False)
 def test_a_tied_table_that_was_rotated_is_a_leaf_like_others(tmp_path):
     """find_sites, calibrate, quantize, dequantize, evaluate, save and load take it; a bare call says what to write."""
     model = BANK["scanned"]

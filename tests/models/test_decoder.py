@@ -71,6 +71,7 @@ def test_dynamic_rope_changes_the_base_inside_jit_with_a_traced_length():
     np.testing.assert_allclose(logits, apply(params, tokens), atol=1e-4)
 
 
+@pytest.mark.slow(optimized=False)
 @pytest.mark.parametrize("name", ["llama", "mistral", "dynamic"])
 def test_ragged_rows_equal_rows_alone(name):
     """Rows of one batch with lengths of their own, padded behind, then one token each."""
@@ -198,6 +199,7 @@ def test_config_errors():
         Config.from_dict({**BASE.to_dict(), "depth": 3})
 
 
+@pytest.mark.slow(optimized=False)
 def test_key_settings_are_the_mean_key_and_the_balance_of_keys_and_queries():
     """Against a float cache that holds the same keys; and a rotated 4-bit cache gains from them."""
     config = dataclasses.replace(CONFIGS["qwen2"], head_dim=16)
@@ -236,6 +238,7 @@ def test_a_decode_step_for_a_gpu_has_one_kernel_for_the_cache_of_each_layer():
     assert kernels(tokens) == 0
 
 
+@pytest.mark.slow(optimized=False)
 def test_key_settings_of_quantized_parameters_are_those_of_their_values():
     config = dataclasses.replace(CONFIGS["llama"], head_dim=16)
     params, batches = make_params(config), [make_tokens(config, 12)]
@@ -244,6 +247,7 @@ def test_key_settings_of_quantized_parameters_are_those_of_their_values():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, want)
 
 
+@pytest.mark.slow(optimized=False)
 def test_static_scales_give_the_largest_number_of_a_text_the_largest_code():
     """The keys and values of a float cache, as they are encoded; a format without such scales has none."""
     config = dataclasses.replace(CONFIGS["llama"], head_dim=16)

@@ -70,6 +70,7 @@ def test_text_of_many_kinds_comes_back_and_special_tokens_are_recognized(demo):
     assert demo.tokenizer.vocab_size == demo.config.vocab_size == 49152
 
 
+@pytest.mark.slow(optimized=False)
 @installed
 def test_perplexity_of_two_windows_is_that_of_transformers(demo):
     ids = demo.tokenizer.encode(TEXT.read_text(encoding="utf-8")[:20_000])[:1024]

@@ -65,6 +65,7 @@ def test_streams_each_token_as_it_comes():
     np.testing.assert_array_equal(np.stack(seen, 1), result.tokens)
 
 
+@pytest.mark.slow(optimized=False)
 def test_streaming_in_any_portion_gives_the_same_tokens():
     whole = generate(APPLY, PARAMS, PROMPT, CONFIG, max_tokens=9)
     for stream in (1, 5, 20):
@@ -90,6 +91,7 @@ def test_the_loop_ends_when_every_row_has():
     assert result.state.cache["length"].tolist() == [6 + n for n in result.lengths.tolist()]
 
 
+@pytest.mark.slow(optimized=False)
 @pytest.mark.parametrize("name", ["float32", "int8", "keys=int4-t8-asym,values=lloyd4-rot,sinks=2,residual=4"])
 def test_a_saved_state_goes_on_with_the_same_tokens(name, tmp_path):
     draw = dict(temperature=1.5, key=jax.random.key(3))
@@ -104,6 +106,7 @@ def test_a_saved_state_goes_on_with_the_same_tokens(name, tmp_path):
     np.testing.assert_array_equal(np.concatenate([first.tokens, rest.tokens], 1), whole.tokens)
 
 
+@pytest.mark.slow(optimized=False)
 def test_a_saved_state_keeps_what_the_cache_was_fitted_to(tmp_path):
     name = "keys=int4-g8-asym-rot,values=fp8_e4m3-tensor,sinks=1"
     settings = key_settings(PARAMS, CONFIG, [PROMPT], skip=1) | static_scales(PARAMS, CONFIG, [PROMPT], name)
@@ -115,6 +118,7 @@ def test_a_saved_state_keeps_what_the_cache_was_fitted_to(tmp_path):
     np.testing.assert_array_equal(np.concatenate([first.tokens, rest.tokens], 1), whole.tokens)
 
 
+@pytest.mark.slow(optimized=False)
 def test_quantized_weights_and_the_state_are_restored_together(tmp_path):
     recipe = jq.Recipe({"*embed*": None, "*lm_head*": None, "*": jq.INT4_G32})
     q, apply = jq.quantize(APPLY, PARAMS, recipe, jq.rtn(), [PROMPT]), jq.quantized(APPLY)
@@ -147,6 +151,7 @@ def test_a_pool_shared_by_rows_and_one_that_is_too_small():
         generate(APPLY, PARAMS, PROMPT, cache=paged(5), max_tokens=9)
 
 
+@pytest.mark.slow(optimized=False)
 def test_weights_and_cache_are_quantized_independently():
     recipe = jq.Recipe({"*embed*": None, "*lm_head*": None, "*": jq.INT8})
     q = jq.quantize(APPLY, PARAMS, recipe, jq.rtn(), [PROMPT])

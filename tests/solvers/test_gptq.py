@@ -184,6 +184,7 @@ def layers(draw):
     return w, h, parse_format(name), act_order
 
 
+@pytest.mark.slow(optimized=False)
 @hypothesis.given(layers())
 def test_no_row_is_worse_than_round_to_nearest(layer):
     """In float32 the objective itself is known to n roundings of its terms; in float64 to far less."""
@@ -239,6 +240,7 @@ def test_a_batch_is_its_matrices_one_by_one(name):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda a, i=i: a[i], both), run(p.w, p.h, fmt))
 
 
+@pytest.mark.slow(optimized=False)
 def test_vmap_is_a_batch():
     fmt = parse_format("int4-g16")
     problems = [correlated(s, 3, 40) for s in range(4)]

@@ -138,6 +138,7 @@ def test_the_papers_objective_has_the_weight_not_the_corrected_column():
     assert ours < 0.98 * theirs
 
 
+@pytest.mark.slow(optimized=False)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_of_the_same_inputs_both_are_gptq(act_order):
     fmt = parse_format("int4-g16")
@@ -159,6 +160,7 @@ def test_qronos_is_gptq_on_the_least_squares_weight(act_order):
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow(optimized=False)
 def test_the_least_squares_weight_has_the_better_first_column():
     """What the docstring says of the paper's."""
     ours = papers = 0.0
@@ -171,6 +173,7 @@ def test_the_least_squares_weight_has_the_better_first_column():
     assert ours < 0.99 * papers
 
 
+@pytest.mark.slow(optimized=False)
 def test_on_both_streams_each_is_better_than_the_one_before():
     fmt = parse_format("int3-g16")
     losses = {m.name: 0.0 for m in (gptq(), gptaq(), gptaq(alpha=1.0), qronos())}
