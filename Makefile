@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-# Python compiles what it imports; pip would compile all of JAX, which takes longer than to download it.
+# Python compiles what it imports; pip would compile all of what it installs.
 INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 
 .PHONY: help demo test test-fast test-peers test-gpu-compile lint format setup clean

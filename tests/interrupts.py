@@ -1,5 +1,8 @@
 """A walk that is interrupted, for the tests of what goes on behind it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 import jquant.resume
@@ -21,3 +24,11 @@ def interrupt_walk(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
 
     monkeypatch.setattr(Walk, "_stop", interrupted)
     return calls
+
+
+def resumed(monkeypatch: pytest.MonkeyPatch, stop: int, run: Callable[[], Any]) -> Any:
+    """What `run()` gives, called again after the walk in it was interrupted at a stop."""
+    interrupt_walk(monkeypatch, stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    return run()

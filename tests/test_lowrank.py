@@ -12,7 +12,7 @@ from jquant.checkpoint import qtensor_sharding, read_manifest
 from jquant.resume import _load_unit, _save_unit
 from jquant.trace.program import Unit
 from tests.core.cases import same_tree
-from tests.interrupts import interrupt_walk
+from tests.interrupts import resumed
 from tests.test_quantize import LAYERS, RECIPE, inputs, layer, normal, scanned, stacked, unrolled
 
 METHOD = jq.chain(jq.gptq(), jq.lowrank(4))
@@ -65,11 +65,8 @@ def test_scanned_layers_get_the_sides_of_unrolled_ones(model, qparams):
 
 
 def test_an_interrupted_run_ends_in_the_same_bits(model, qparams, tmp_path, monkeypatch):
-    params, batches = model
-    interrupt_walk(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
-        jq.quantize(unrolled, params, RECIPE, METHOD, batches, resume=tmp_path / "work")
-    assert same_tree(jq.quantize(unrolled, params, RECIPE, METHOD, batches, resume=tmp_path / "work"), qparams)
+    run = lambda: jq.quantize(unrolled, model[0], RECIPE, METHOD, model[1], resume=tmp_path / "work")
+    assert same_tree(resumed(monkeypatch, 3, run), qparams)
 
 
 def test_checkpoints_hold_sides_bit_for_bit_and_say_which_version_reads_them(qparams, tmp_path):

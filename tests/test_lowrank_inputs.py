@@ -8,7 +8,7 @@ import pytest
 import jquant as jq
 from jquant.checkpoint import qtensor_sharding, read_manifest
 from tests.core.cases import same_tree
-from tests.interrupts import interrupt_walk
+from tests.interrupts import resumed
 from tests.model_bank import quick
 from tests.test_quantize import LAYERS, layer, normal, scanned, stacked, unrolled
 
@@ -104,11 +104,8 @@ def test_both_streams_walk_behind_it(model, method):
 
 
 def test_an_interrupted_run_ends_in_the_same_bits(model, qparams, tmp_path, monkeypatch):
-    params, batches = model
-    interrupt_walk(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
-        jq.quantize(unrolled, params, RECIPE, METHOD, batches, resume=tmp_path / "work")
-    assert same_tree(jq.quantize(unrolled, params, RECIPE, METHOD, batches, resume=tmp_path / "work"), qparams)
+    run = lambda: jq.quantize(unrolled, model[0], RECIPE, METHOD, model[1], resume=tmp_path / "work")
+    assert same_tree(resumed(monkeypatch, 3, run), qparams)
 
 
 def test_checkpoints_hold_it_bit_for_bit_and_say_which_version_reads_it(qparams, tmp_path):

@@ -272,7 +272,7 @@ def as_scales(params: BlockParams, fmt: Format, m: int, dtype: jnp.dtype) -> Sca
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """a^T b."""
-    if a.ndim == 2 and a.shape[1] >= 64:  # XLA's CPU products are faster where a^T is an array
+    if a.ndim == 2 and a.shape[1] >= 64:  # an array of its own for XLA's product, not a transposed operand
         a = lax.optimization_barrier(a.T)
         return jnp.matmul(a, b, precision=HIGHEST)
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=HIGHEST)

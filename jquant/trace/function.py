@@ -106,8 +106,8 @@ def _trace_key(
     arrays, key = call_key(tuple(args), kwargs)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((leaves, arrays))):
         return None
-    known = jax.config.read("jax_enable_x64"), id(apply), tuple(paths), tuple(map(_kind, (*leaves, *arrays)))
-    return *known, key
+    kinds = tuple(map(_kind, (*leaves, *arrays)))
+    return jax.config.read("jax_enable_x64"), id(apply), tuple(paths), kinds, key
 
 
 def _kind(x: Any) -> tuple[Any, ...]:
