@@ -21,7 +21,7 @@ from jquant.core.method import Method, Rounding
 from jquant.core.stats import Stats
 from jquant.core.text import call
 from jquant.solvers.gptq import Settings, sweep_rows, unit_hessian
-from jquant.solvers.linalg import HIGHEST, damped_udu, unit_upper_inverse
+from jquant.solvers.linalg import HIGHEST, damped_udu, unit_lower_inverse
 from jquant.solvers.qronos import both_streams
 
 
@@ -54,7 +54,7 @@ def _moved(rows: jax.Array, gram: jax.Array, cross: jax.Array, *, settings: Sett
     h, dead = unit_hessian(gram)
     order = jnp.argsort(-jnp.diagonal(h), stable=True) if settings.act_order else jnp.arange(len(h))
     h, c, dead = h[order][:, order], cross[order][:, order], dead[order]
-    u, d, _ = damped_udu(h, settings.damp, dead)
-    v = unit_upper_inverse(u)
-    p = jnp.matmul(jnp.triu(jnp.matmul(c, v.T, precision=HIGHEST), 1) / d, v, precision=HIGHEST)
+    ut, d, _ = damped_udu(h, settings.damp, dead)
+    vt = unit_lower_inverse(ut)
+    p = jnp.matmul(jnp.triu(jnp.matmul(c, vt, precision=HIGHEST), 1) / d, vt.T, precision=HIGHEST)
     return jnp.matmul(rows[:, order], p, precision=HIGHEST)[:, jnp.argsort(order)]

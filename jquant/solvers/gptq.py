@@ -37,7 +37,7 @@ from jquant.core.scales import Outer, spread_outer, spread_rows
 from jquant.core.stats import Stats, checked_gram
 from jquant.core.text import call
 from jquant.solvers import ldlq
-from jquant.solvers.linalg import HIGHEST, damped_udu, row_major
+from jquant.solvers.linalg import HIGHEST, damped_udu, row_major, transposed_rows
 from jquant.solvers.rtn import search_params, shrink_factors
 
 
@@ -105,7 +105,11 @@ def sweep_rows(
     """
     one = partial(_solve_one, fmt=fmt, settings=settings)
     # One matrix after the other: a single one keeps the machine busy, and the temporaries of one are enough.
-    codes, params, notes = lax.map(lambda xs: one(*xs), (state.rows, gram, state.params, first))
+    given = (state.rows, gram, state.params, first)
+    if len(gram) == 1:
+        codes, params, notes = jax.tree.map(lambda x: x[None], one(*jax.tree.map(lambda x: x[0], given)))
+    else:
+        codes, params, notes = lax.map(lambda xs: one(*xs), given)
     return state._replace(params=params, codes=codes, notes=state.notes | notes)
 
 
@@ -132,27 +136,27 @@ def _solve_one(
     order = jnp.argsort(-jnp.diagonal(h), stable=True) if act_order else jnp.arange(n)
     if act_order:
         h, dead = row_major(row_major(h[order])[:, order]), dead[order]
-    u, d, damping = damped_udu(h, damp, dead, unit)
-    w = row_major(rows.T.astype(h.dtype))
+    ut, d, damping = damped_udu(h, damp, dead, unit)
     columns = ldlq.Columns(
-        w=row_major(w[order]) if act_order else w,
         d=d,
         added=damping + dead,
         block=jnp.zeros_like(order) if fmt.group_size is None else order // fmt.group_size,
     )
     plan = ldlq.make_plan(n, block_size, group)
-    columns, u = ldlq.pad(columns, u, plan)
+    columns, ut = ldlq.pad(columns, ut, plan)
     scales = None if given is None else ldlq.as_scales(given, fmt, m, h.dtype)
     more = None if first is None else (first[:, order[0]] - rows[:, order[0]]).astype(h.dtype)
-    rtn_error = _rtn_error(columns, ldlq.as_scales(plain, fmt, m, h.dtype), fmt)
-    swept = ldlq.sweep(columns, u, scales, _chooser(fmt, factors, plain, m, h.dtype), fmt, plan, more)
+    weight = _columns_of(rows, order if act_order else None, plan, h.dtype)
+    rounded = ldlq.as_scales(plain, fmt, m, h.dtype)
+    chooser = _chooser(fmt, factors, plain, m, h.dtype)
+    swept, rtn_error = ldlq.sweep(weight, columns, ut, scales, rounded, chooser, fmt, plan, more)
     codes = swept.codes[:, jnp.argsort(order)] if act_order else swept.codes[:, :n]
     chosen = given
     if chosen is None:
         scale, zero_point = jax.tree.map(lambda x: x[: fmt.blocks(n)].T, swept.params)
         chosen = BlockParams(scale, zero_point, plain.outer)
 
-    rtn_loss = _rtn_loss(rtn_error, columns, u, swept.loss, plan)
+    rtn_loss = _rtn_loss(rtn_error, columns, ut, swept.loss, plan)
     better = _better(rtn_loss, swept.loss, fmt, fmt.block == "tensor" and len(factors) > 1)
     pick = lambda a, b: jnp.where(better[:: fmt.tile_rows][: a.shape[0], None], a, b)
     codes = jnp.where(better[:, None], encode(rows, plain, fmt), codes)
@@ -216,12 +220,22 @@ def _better(rtn: jax.Array, swept: jax.Array, fmt: Format, together: bool) -> ja
     return spread_rows((sums[0] < sums[1])[:, None], tile, m)[:, 0]
 
 
-def _rtn_error(columns: ldlq.Columns, scales: ldlq.Scales, fmt: Format) -> jax.Array:
-    """E of round to nearest, `[n, m]`."""
-    return columns.w - ldlq.round_columns(columns.w, jax.tree.map(lambda x: x[columns.block], scales), fmt)[1]
+def _columns_of(rows: jax.Array, order: jax.Array | None, plan: ldlq.Plan, dtype: jnp.dtype) -> ldlq.Weight:
+    """W, transposed piece by piece; the columns in that order."""
+    size, more = plan.sizes[0], plan.padded - plan.n
+    if order is None:
+        padded = jnp.pad(rows, ((0, 0), (0, more))) if more else rows
+        piece = lambda row, few, at: lax.dynamic_slice(padded, (row, at), (few, size))
+    else:
+        order = jnp.pad(order, (0, more), constant_values=plan.n)
+        which = lambda at: lax.dynamic_slice_in_dim(order, at, size)
+        piece = lambda row, few, at: (
+            lax.dynamic_slice_in_dim(rows, row, few).at[:, which(at)].get(mode="fill", fill_value=0)
+        )
+    return lambda at: transposed_rows(len(rows), lambda row, few: piece(row, few, at).astype(dtype))
 
 
-def _rtn_loss(error: jax.Array, columns: ldlq.Columns, u: jax.Array, bar: jax.Array, plan: ldlq.Plan) -> jax.Array:
+def _rtn_loss(error: jax.Array, columns: ldlq.Columns, ut: jax.Array, bar: jax.Array, plan: ldlq.Plan) -> jax.Array:
     """E H E^T of each row rounded to nearest, `[m]`; or a number between `bar` and it, once all rows are above `bar`.
 
     The sum over k of D_k (E U)_k^2, less what was added to H. It only grows, so the largest terms come first: of each
@@ -229,7 +243,7 @@ def _rtn_loss(error: jax.Array, columns: ldlq.Columns, u: jax.Array, bar: jax.Ar
     """
     size = plan.sizes[0]
     blocks, parts = plan.padded // size, math.gcd(size, 4)
-    value = columns.d * jnp.sum(u * u, axis=0)
+    value = columns.d * jnp.sum(ut * ut, axis=1)
     which = jnp.argsort(-value.reshape(blocks, size)).reshape(blocks, parts, -1)
 
     def undecided(state):
@@ -239,9 +253,11 @@ def _rtn_loss(error: jax.Array, columns: ldlq.Columns, u: jax.Array, bar: jax.Ar
     def add(state):
         i, total = state
         block = i % blocks
-        chosen = which[block, i // blocks]
-        terms = ldlq.feedback(error, u, block, block + 1, size, chosen) ** 2
-        return i + 1, total + jnp.dot(columns.d[block * size + chosen], terms, precision=HIGHEST)
+        chosen = block * size + which[block, i // blocks]
+        rows = ut[chosen]
+        add = lambda j, sums: sums + ldlq.dot(*(lax.dynamic_slice_in_dim(a, j * size, size, axis) for a, axis in ((rows, 1), (error, 0))))
+        terms = lax.fori_loop(0, block + 1, add, jnp.zeros((len(chosen), error.shape[1]), error.dtype)) ** 2
+        return i + 1, total + jnp.dot(columns.d[chosen], terms, precision=HIGHEST)
 
     start = -jnp.sum(columns.added[:, None] * error * error, axis=0)
     return lax.while_loop(undecided, add, (0, start))[1]

@@ -3,7 +3,7 @@
 
     target_k = W_k + sum_{j<k} E_j U_jk,    Q_k = round(target_k),    E = W - Q
 
-Everything here is transposed, `[n, m]`, so that a column of the weight is contiguous, and padded to whole blocks with
+Everything here is transposed, W and E `[n, m]` and U^T, so that a column of the weight is contiguous, and padded to whole blocks with
 columns that are coupled to nothing. Blocks are nested: each level adds to the targets of its next part, by one matmul,
 the feedback of the errors made inside the level so far.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jquant.core.formats import BlockParams, Format, decode_codes, encode_scaled, row_params
-from jquant.solvers.linalg import HIGHEST, unit_upper_inverse
+from jquant.solvers.linalg import HIGHEST, unit_lower_inverse
 
 SUPER = 512  # columns between two passes over all earlier errors: long enough for matmuls to run at full rate
 TILE = 8  # columns whose targets and errors stay in the nearest caches
@@ -65,13 +65,11 @@ class Columns(NamedTuple):
     """What a stretch of k columns brings along.
 
     Attributes:
-      w: the weight, `[k, m]`.
       d: the diagonal of D, `[k]`.
       added: what was added to the diagonal of H before it was factored, `[k]`.
       block: `[k]`, int32: the row of `Scales` that holds for a column.
     """
 
-    w: jax.Array
     d: jax.Array
     added: jax.Array
     block: jax.Array
@@ -95,11 +93,11 @@ Stored = tuple[jax.Array, jax.Array | None]  # scales and zero points as a forma
 
 
 class Swept(NamedTuple):
-    """What a sweep returns.
+    """What a sweep of some columns returns.
 
     Attributes:
       error: E, `[k, m]`.
-      codes: uint8 `[k, m]`; of a whole sweep, `[m, k]`.
+      codes: uint8 `[k, m]`.
       loss: E H E^T of each row, H without what was added: sum of D_k (target_k - Q_k)^2 - added_k E_k^2, `[m]`.
       params: the scales and zero points chosen at the start of groups, `[groups, M]`, as the format stores them; None
         where they were given.
@@ -111,58 +109,69 @@ class Swept(NamedTuple):
     params: Stored | None
 
 
-def pad(columns: Columns, u: jax.Array, plan: Plan) -> tuple[Columns, jax.Array]:
+def pad(columns: Columns, ut: jax.Array, plan: Plan) -> tuple[Columns, jax.Array]:
     """Appends columns that are coupled to nothing, up to `plan.padded`."""
-    more = plan.padded - plan.n
-    columns = jax.tree.map(lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), columns)
-    return columns, jnp.pad(u, (0, more))
+    if not (more := plan.padded - plan.n):
+        return columns, ut
+    return jax.tree.map(lambda x: jnp.pad(x, (0, more)), columns), jnp.pad(ut, (0, more))
 
 
+# The number of a column -> the weight's columns from there on, [sizes[0], m]; zeros for those that were appended.
+Weight = Callable[[jax.Array], jax.Array]
 # Corrected weight of a group, [g, m] -> its scales, [1, m], and as they are stored, [1, M].
 Choose = Callable[[jax.Array], tuple[Scales, Stored]]
 
 
 def sweep(
+    weight: Weight,
     columns: Columns,
-    u: jax.Array,
+    ut: jax.Array,
     scales: Scales | None,
+    plain: Scales,
     choose: Choose,
     fmt: Format,
     plan: Plan,
     first: jax.Array | None = None,
-) -> Swept:
+) -> tuple[Swept, jax.Array]:
     """Rounds all columns.
 
     Args:
+      weight: W, read once.
       columns: of `plan.padded` columns.
-      u: U, `[padded, padded]`, unit upper triangular.
+      ut: U^T, `[padded, padded]`, unit lower triangular.
       scales: the given scales, or None where `plan.group` says when to choose them.
-      choose: how to choose them.
+      plain: the scales of round to nearest.
+      choose: how to choose scales.
       fmt: the format.
       plan: the block sizes.
       first: `[m]`: what is added to the target of the first column.
+
+    Returns:
+      What was swept, its codes `[m, padded]`; and E of round to nearest, `[padded, m]`.
     """
-    size, m = plan.sizes[0], columns.w.shape[1]
+    size, m = plan.sizes[0], plain.scale.shape[1]
     level = partial(_level, sizes=plan.sizes, choose=choose, fmt=fmt, plan=plan)
 
     def step(carry, i):
-        # One array for the weight and the errors: what is swept is no longer needed as a weight.
-        w_then_e, codes, loss = carry
+        error, codes, loss = carry
         at = i * size
-        part = Columns(*(lax.dynamic_slice_in_dim(x, at, size) for x in columns._replace(w=w_then_e)))
-        f = feedback(w_then_e, u, i, i, size)
+        w, part = weight(at), jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at, size), columns)
+        f = feedback(error, ut, i, size)
         if first is not None:
             f = f.at[0].add(jnp.where(i == 0, first, 0))
-        out = level(f, part, lax.dynamic_slice(u, (at, at), (size, size)), scales)
-        w_then_e = lax.dynamic_update_slice_in_dim(w_then_e, out.error, at, 0)
+        out = level(f, w, part, lax.dynamic_slice(ut, (at, at), (size, size)), scales)
+        error = lax.dynamic_update_slice_in_dim(error, out.error, at, 0)
         codes = _transposed_into(codes, out.codes, at)
-        return (w_then_e, codes, loss + out.loss), out.params
+        plain_error = w - round_columns(w, jax.tree.map(lambda x: x[part.block], plain), fmt)[1]
+        return (error, codes, loss + out.loss), (out.params, plain_error)
 
-    start = columns.w, jnp.zeros((m, plan.padded), jnp.uint8), jnp.zeros(m, columns.w.dtype)
-    (error, codes, loss), params = lax.scan(step, start, jnp.arange(plan.padded // size))
+    dtype = plain.scale.dtype
+    start = jnp.zeros((plan.padded, m), dtype), jnp.zeros((m, plan.padded), jnp.uint8), jnp.zeros(m, dtype)
+    (error, codes, loss), rest = lax.scan(step, start, jnp.arange(plan.padded // size))
     if first is not None:  # the loss is of the weight, not of the target
         loss = loss + columns.d[0] * (error[0] ** 2 - (error[0] + first) ** 2)
-    return Swept(error, codes, loss, jax.tree.map(_merge, params))
+    params, plain_error = jax.tree.map(_merge, rest)
+    return Swept(error, codes, loss, params), plain_error
 
 
 def _transposed_into(codes: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:
@@ -176,68 +185,63 @@ def _transposed_into(codes: jax.Array, part: jax.Array, at: jax.Array) -> jax.Ar
     return lax.fori_loop(0, len(part) // few, move, codes)
 
 
-def feedback(
-    e: jax.Array, u: jax.Array, i: jax.Array, stop: jax.Array, size: int, which: jax.Array | None = None
-) -> jax.Array:
-    """sum over blocks j < stop of U[j, i]^T E[j], `[size, m]`: what their errors add to the targets of block i; or to
-    those of its columns `which` `[k]` only, `[k, m]`."""
+def feedback(e: jax.Array, ut: jax.Array, i: jax.Array, size: int) -> jax.Array:
+    """sum over blocks j < i of U[j, i]^T E[j], `[size, m]`: what their errors add to the targets of block i."""
 
     def add(j, total):
-        u_ji = lax.dynamic_slice(u, (j * size, i * size), (size, size))
-        u_ji = u_ji if which is None else u_ji[:, which]
-        return total + dot(u_ji, lax.dynamic_slice_in_dim(e, j * size, size))
+        return total + dot(lax.dynamic_slice(ut, (i * size, j * size), (size, size)), lax.dynamic_slice_in_dim(e, j * size, size))
 
-    rows = size if which is None else len(which)
-    return lax.fori_loop(0, stop, add, jnp.zeros((rows, e.shape[1]), e.dtype))
+    return lax.fori_loop(0, i, add, jnp.zeros((size, e.shape[1]), e.dtype))
 
 
 def _level(
     f: jax.Array,
+    w: jax.Array,
     columns: Columns,
-    u: jax.Array,
+    ut: jax.Array,
     scales: Scales | None,
     sizes: tuple[int, ...],
     choose: Choose,
     fmt: Format,
     plan: Plan,
 ) -> Swept:
-    """Sweeps `sizes[0]` columns, f `[sizes[0], m]` being the feedback from all before them and u their block of U."""
+    """Sweeps the `sizes[0]` columns of w, f `[sizes[0], m]` being the feedback from all before them and ut their block of U^T."""
     params = None
     if sizes[0] == plan.group:
-        scales, params = choose(corrected(f, columns.w, u))
+        scales, params = choose(corrected(f, w, ut))
         columns = columns._replace(block=jnp.zeros_like(columns.block))
     if len(sizes) == 1:
         assert scales is not None
-        return _tile(f, columns, u, scales, fmt)._replace(params=params)
+        return _tile(f, w, columns, ut, scales, fmt)._replace(params=params)
     part = sizes[1]
 
     def step(carry, xs):
         error, loss = carry
-        at, f_part, columns_part = xs
+        at, f_part, w_part, columns_part = xs
         if part >= 64:  # a product for each part before this one, else one with them all
-            f_part = f_part + feedback(error, u, at // part, at // part, part)
+            f_part = f_part + feedback(error, ut, at // part, part)
         else:
-            f_part = f_part + dot(lax.dynamic_slice_in_dim(u, at, part, axis=1), error)
-        u_part = lax.dynamic_slice(u, (at, at), (part, part))
-        out = _level(f_part, columns_part, u_part, scales, sizes[1:], choose, fmt, plan)
+            f_part = f_part + dot(lax.dynamic_slice_in_dim(ut, at, part), error)
+        ut_part = lax.dynamic_slice(ut, (at, at), (part, part))
+        out = _level(f_part, w_part, columns_part, ut_part, scales, sizes[1:], choose, fmt, plan)
         carry = lax.dynamic_update_slice_in_dim(error, out.error, at, 0), loss + out.loss
         return carry, (out.codes, out.params)
 
     start = jnp.zeros_like(f), jnp.zeros_like(f[0])
-    xs = (jnp.arange(0, sizes[0], part), *jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), (f, columns)))
+    xs = (jnp.arange(0, sizes[0], part), *jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), (f, w, columns)))
     (error, loss), rest = lax.scan(step, start, xs)
     codes, inner = jax.tree.map(_merge, rest)
     return Swept(error, codes, loss, inner if params is None else params)
 
 
-def _tile(f: jax.Array, columns: Columns, u: jax.Array, scales: Scales, fmt: Format) -> Swept:
+def _tile(f: jax.Array, w: jax.Array, columns: Columns, ut: jax.Array, scales: Scales, fmt: Format) -> Swept:
     """Sweeps column by column."""
-    w, d, added, block = columns
+    d, added, block = columns
     at = lambda rows: jax.tree.map(lambda x: x[rows], scales)
 
     def column(k, state):
         error, targets = state
-        target = w[k] + f[k] + dot(u[:, k], error)
+        target = w[k] + f[k] + dot(ut[k], error)
         q = round_columns(target, at(block[k]), fmt)[1]
         return error.at[k].set(w[k] - q), targets.at[k].set(target)
 
@@ -257,9 +261,9 @@ def round_columns(target: jax.Array, scales: Scales, fmt: Format) -> tuple[jax.A
     return code, (value if zero is None else value - zero) * scale
 
 
-def corrected(f: jax.Array, w: jax.Array, u: jax.Array) -> jax.Array:
+def corrected(f: jax.Array, w: jax.Array, ut: jax.Array) -> jax.Array:
     """The weight that GPTQ would hold when a group starts, `[g, m]`: W_g + (E_prev U_prev,g) inv(U_gg), transposed."""
-    return w + dot(unit_upper_inverse(u), f)
+    return w + dot(unit_lower_inverse(ut), f)
 
 
 def as_scales(params: BlockParams, fmt: Format, m: int, dtype: jnp.dtype) -> Scales:
@@ -271,11 +275,8 @@ def as_scales(params: BlockParams, fmt: Format, m: int, dtype: jnp.dtype) -> Sca
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a^T b."""
-    if a.ndim == 2 and a.shape[1] >= 64:  # an array of its own for XLA's product, not a transposed operand
-        a = lax.optimization_barrier(a.T)
-        return jnp.matmul(a, b, precision=HIGHEST)
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=HIGHEST)
+    """a b."""
+    return jnp.matmul(a, b, precision=HIGHEST)
 
 
 def _merge(x: jax.Array) -> jax.Array:

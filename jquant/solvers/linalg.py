@@ -1,8 +1,13 @@
 """Triangular factorizations for the second-order solvers: H = U D U^T by a single Cholesky factorization.
 
-LAPACK's own routines reach a small part of a CPU's matmul rate, the less the busier the machine, so what is large is
-done by matmuls here. Everything runs on every device.
+Matmuls do what is large. LAPACK's own routines reach a small part of a CPU's matmul rate; and a factorization in several
+threads costs more than its own time: the threads of OpenBLAS, which jaxlib has, wait for more by spinning, and for some
+20 ms afterwards XLA's products share the cores with them. So LAPACK gets no more than one thread is thought enough for.
+Everything runs on every device.
 """
+
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 HIGHEST = lax.Precision.HIGHEST  # never TF32 or bf16 passes: a solver's float32 is float32 on every device
 MAX_DAMPING = 10.0
+LEAF = 128  # the largest matrix whose factorization OpenBLAS, the LAPACK of jaxlib, leaves to one thread (see `udu`)
 
 
 def udu(
@@ -18,39 +24,74 @@ def udu(
 ) -> tuple[jax.Array, jax.Array]:
     """H / unit + diag(added) = U D U^T with U unit upper triangular and D diagonal.
 
-    With R = U D^1/2 upper triangular, H = R R^T is a Cholesky factorization that begins in the last corner. It goes by
-    block columns from the last to the first, each updated by those to its right:
+    U is returned, and made, transposed: a row of U^T is what one column of a weight needs. With R = U D^1/2 upper
+    triangular, H = R R^T is a Cholesky factorization that begins in the last corner. It goes by block rows of R^T from
+    the last to the first, each updated by those below it:
 
-        R_jj R_jj^T = H_jj - sum_{k>j} R_jk R_jk^T,    R_ij = (H_ij - sum_{k>j} R_ik R_jk^T) R_jj^-T  for i < j
+        R_jj R_jj^T = H_jj - sum_{k>j} R_jk R_jk^T,    R_ij^T = R_jj^-1 (H_ji - sum_{k>j} R_jk R_ik^T) for i < j
 
     Args:
-      h: `[n, n]`, symmetric positive definite; below its diagonal nothing is read.
+      h: `[n, n]`, symmetric positive definite; of the blocks above its diagonal nothing is read.
       added: `[n]` or a scalar.
       unit: a scalar.
 
     Returns:
-      U `[n, n]` and the diagonal of D `[n]`, in the dtype of `h`. Where the sum isn't numerically definite, D isn't
+      U^T `[n, n]` and the diagonal of D `[n]`, in the dtype of `h`. Where the sum isn't numerically definite, D isn't
       finite (nor wherever U isn't: each of its entries goes into a later corner).
     """
     n = len(h)
-    count = 1 if n < 256 else 4 if n < 2048 else 8  # more would be longer to compile
-    cuts = [n * i // count for i in range(count + 1)]
-    added = jnp.broadcast_to(jnp.asarray(added, h.dtype), n)
-    u, diagonals = jnp.zeros_like(h), jnp.ones(0, h.dtype)
-    for start, stop in reversed(list(zip(cuts, cuts[1:], strict=False))):
-        panel = h[:stop, start:stop] / unit
-        if stop < n:  # R_ik R_jk^T = U_ik D_k U_jk^T
-            panel = panel - jnp.matmul(u[:stop, stop:], (u[start:stop, stop:] * diagonals).T, precision=HIGHEST)
-        corner = row_major(panel[start:] + jnp.diag(added[start:stop]))[::-1, ::-1]
-        corner = jnp.tril(lax.linalg.cholesky(corner, symmetrize_input=False))
-        diagonal = jnp.diagonal(corner)[::-1]
-        square = jnp.triu(corner[::-1, ::-1] / diagonal, 1) + jnp.eye(stop - start, dtype=h.dtype)
-        if start:
-            above = jnp.matmul(panel[:start], lower_inverse(corner)[::-1, ::-1].T / diagonal, precision=HIGHEST)
-            u = lax.dynamic_update_slice(u, above, (0, start))
-        u = lax.dynamic_update_slice(u, square, (start, start))
-        diagonals = jnp.concatenate([diagonal**2, diagonals])
-    return u, diagonals
+    count = 1 if n < 256 else 4 if n < 2048 else round(n / 512)
+    size = -(-n // count)
+    more = count * size - n
+    added = jnp.pad(jnp.broadcast_to(jnp.asarray(added, h.dtype), n), (0, more), constant_values=1)
+    h = jnp.pad(h, (0, more)) if more else h
+    at = lambda a, j, i: lax.dynamic_slice(a, (j * size, i * size), (size, size))
+    put = lambda a, block, j, i: lax.dynamic_update_slice(a, block, (j * size, i * size))
+
+    def block_row(step, state):
+        ut, d = state
+        j = count - 1 - step
+
+        def update(k, panel):  # R_jk R_ik^T = U_jk D_k U_ik^T
+            right = (at(ut, k, j) * lax.dynamic_slice_in_dim(d, k * size, size)[:, None]).T
+            less = lambda i, panel: put(panel, at(panel, 0, i) - _dot(right, at(ut, k, i)), 0, i)
+            return lax.fori_loop(0, j + 1, less, panel)
+
+        panel = lax.fori_loop(j + 1, count, update, lax.dynamic_slice_in_dim(ut, j * size, size) / unit)
+        corner = row_major(at(panel, 0, j) + jnp.diag(lax.dynamic_slice_in_dim(added, j * size, size)))
+        lower = cholesky(corner.T[::-1, ::-1])  # R_jj from its last corner
+        diagonal = jnp.diagonal(lower)[::-1, None]
+        inverse = lower_inverse(lower)[::-1, ::-1] / diagonal
+        panel = lax.fori_loop(0, j, lambda i, panel: put(panel, _dot(inverse, at(panel, 0, i)), 0, i), panel)
+        square = jnp.tril(lower.T[::-1, ::-1] / diagonal, -1) + jnp.eye(size, dtype=h.dtype)
+        row = jnp.where(jnp.arange(count * size) < j * size, panel, 0)
+        ut = put(lax.dynamic_update_slice(ut, row, (j * size, 0)), square, j, j)
+        return ut, lax.dynamic_update_slice(d, diagonal[:, 0] ** 2, (j * size,))
+
+    # In the place of H: a row of blocks is read once, when it is its turn.
+    ut, d = lax.fori_loop(0, count, block_row, (h, jnp.zeros_like(h[0])))
+    return ut[:n, :n], d[:n]
+
+
+def cholesky(a: jax.Array) -> jax.Array:
+    """L, lower triangular with a = L L^T; above the diagonal of `a` `[n, n]` nothing is read. LAPACK gets blocks."""
+    n = len(a)
+    count = -(-n // LEAF)
+    size = -(-n // count)
+    more = count * size - n
+    rows = jnp.arange(n + more)
+    a = jnp.pad(a, (0, more)) + jnp.diag((rows >= n).astype(a.dtype))
+
+    def block_column(j, state):
+        a, lower = state
+        at = j * size
+        corner = jnp.tril(lax.linalg.cholesky(lax.dynamic_slice(a, (at, at), (size, size)), symmetrize_input=False))
+        column = _dot(lax.dynamic_slice_in_dim(a, at, size, axis=1), lower_inverse(corner).T)
+        column = jnp.where(rows[:, None] < at + size, 0, column)
+        lower = lax.dynamic_update_slice(lower, column, (0, at))
+        return a - _dot(column, column.T), lax.dynamic_update_slice(lower, corner, (at, at))
+
+    return lax.fori_loop(0, count, block_column, (a, jnp.zeros_like(a)))[1][:n, :n]
 
 
 def row_major(a: jax.Array) -> jax.Array:
@@ -59,25 +100,66 @@ def row_major(a: jax.Array) -> jax.Array:
     return with_layout_constraint(a, Layout(major_to_minor=(0, 1)))
 
 
+def transposed_rows(count: int, rows: Callable[[jax.Array, int], jax.Array]) -> jax.Array:
+    """`rows(0, count).T`, `rows(at, few)` being rows of `[few, k]` from `at` on.
+
+    Few rows at a time, what a cache line holds: where the rows of an array lie a power of two apart, XLA's own
+    transposition on a CPU would fetch each line from memory as often as it holds numbers.
+    """
+    few = min(16, count)
+    like = jax.eval_shape(lambda: rows(jnp.int32(0), few))
+
+    def move(i, out):
+        at = jnp.minimum(i * few, count - few)  # the last rows may be moved twice
+        return lax.dynamic_update_slice(out, rows(at, few).T, (0, at))
+
+    return lax.fori_loop(0, -(-count // few), move, jnp.zeros((like.shape[1], count), like.dtype))
+
+
 def lower_inverse(lower: jax.Array) -> jax.Array:
-    """The inverse of a lower triangular matrix `[n, n]`: by halves, and small ones by forward substitution."""
-    if (n := len(lower)) > 256:
-        half = n // 2
-        top, bottom = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
-        corner = -jnp.matmul(jnp.matmul(bottom, lower[half:, :half], precision=HIGHEST), top, precision=HIGHEST)
-        return jnp.block([[top, jnp.zeros((half, n - half), lower.dtype)], [corner, bottom]])
-    eye, below = jnp.eye(len(lower), dtype=lower.dtype), jnp.tril(lower, -1)
+    """The inverse of a lower triangular `[n, n]`: of small blocks on its diagonal, then of two neighbours at a time."""
+    n = len(lower)
+    levels = max(0, math.ceil(math.log2(max(n, 1) / 32)))
+    size = -(-n // 2**levels)
+    more = (size << levels) - n
+    lower = jnp.pad(lower, (0, more)) + jnp.diag((jnp.arange(n + more) >= n).astype(lower.dtype))
+    inverses = _small_inverses(_blocks(lower, size, 0))
+    while size < len(lower):
+        below = _blocks(lower, size, -1)[::2]
+        top, bottom = inverses[::2], inverses[1::2]
+        corner = -jnp.matmul(jnp.matmul(bottom, below, precision=HIGHEST), top, precision=HIGHEST)
+        inverses = jnp.block([[top, jnp.zeros_like(top)], [corner, bottom]])
+        size *= 2
+    return inverses[0, :n, :n]
 
-    def row(k, inverse):
-        return inverse.at[k].set((eye[k] - jnp.dot(below[k], inverse, precision=HIGHEST)) / lower[k, k])
 
-    return lax.fori_loop(0, len(lower), row, jnp.zeros_like(lower))
+def _blocks(a: jax.Array, size: int, offset: int) -> jax.Array:
+    """The blocks `[count, size, size]` on the diagonal of a matrix (offset 0) or just below it (-1)."""
+    count = len(a) // size
+    blocks = a.reshape(count, size, count, size)
+    rows = jnp.arange(-offset, count)
+    return blocks[rows, :, rows + offset]
 
 
-def unit_upper_inverse(u: jax.Array) -> jax.Array:
-    """The inverse of a unit upper triangular `[n, n]`; on and below its diagonal nothing is read."""
-    reverse = jnp.triu(u, 1)[::-1, ::-1] + jnp.eye(len(u), dtype=u.dtype)
-    return lower_inverse(reverse)[::-1, ::-1]
+def _small_inverses(lower: jax.Array) -> jax.Array:
+    """The inverses of lower triangular `[count, n, n]`, by forward substitution in all of them at once."""
+    n = lower.shape[-1]
+    eye, below = jnp.eye(n, dtype=lower.dtype), jnp.tril(lower, -1)
+
+    def row(k, inverses):
+        sums = jnp.einsum("cj,cjn->cn", below[:, k], inverses, precision=HIGHEST)
+        return inverses.at[:, k].set((eye[k] - sums) / lower[:, k, k, None])
+
+    return lax.fori_loop(0, n, row, jnp.zeros_like(lower))
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def unit_lower_inverse(lower: jax.Array) -> jax.Array:
+    """The inverse of a unit lower triangular `[n, n]`; on and above its diagonal nothing is read."""
+    return lower_inverse(jnp.tril(lower, -1) + jnp.eye(len(lower), dtype=lower.dtype))
 
 
 def damped_udu(
@@ -92,15 +174,15 @@ def damped_udu(
       unit: a scalar.
 
     Returns:
-      U `[n, n]`, the diagonal of D `[n]`, and the damping used, a scalar. All in the dtype of `h`.
+      U^T `[n, n]`, the diagonal of D `[n]`, and the damping used, a scalar. All in the dtype of `h`.
     """
     last = 1.01 * max(MAX_DAMPING, damp)
 
     def attempt(state):  # one factorization in the program, so that it compiles once
         _, _, used, damping = state
         identity = lambda h: (jnp.eye(len(h), dtype=h.dtype), jnp.ones_like(h[0]))
-        u, d = lax.cond(damping <= last, lambda h: udu(h, added + damping, unit), identity, h)
-        return u, d, jnp.where(damping <= last, damping, used), jnp.maximum(10 * damping, 1e-6)
+        ut, d = lax.cond(damping <= last, lambda h: udu(h, added + damping, unit), identity, h)
+        return ut, d, jnp.where(damping <= last, damping, used), jnp.maximum(10 * damping, 1e-6)
 
     first = jnp.asarray(damp, h.dtype)
     start = (h, jnp.full_like(h[0], jnp.nan), first, first)

@@ -117,8 +117,8 @@ def _leading(error: jax.Array, h: jax.Array, rank: int) -> jax.Array:
     m, n = error.shape
     if m <= n:
         return _eigenvectors(_dot(_dot(error, h), error.T), rank)
-    u, d, _ = damped_udu(h, 0.0)
-    mapped = _dot(error, u * jnp.sqrt(d))
+    ut, d, _ = damped_udu(h, 0.0)
+    mapped = _dot(error, ut.T * jnp.sqrt(d))
     return jnp.linalg.qr(_dot(mapped, _eigenvectors(_dot(mapped.T, mapped), rank)))[0]
 
 

@@ -27,7 +27,7 @@ from jquant.core.method import Method, Rounding
 from jquant.core.stats import Stats, checked_cross, checked_gram
 from jquant.core.text import call
 from jquant.solvers.gptq import Settings, sweep_rows, unit_hessian
-from jquant.solvers.linalg import HIGHEST, damped_udu, unit_upper_inverse
+from jquant.solvers.linalg import HIGHEST, damped_udu, unit_lower_inverse
 
 
 def qronos(
@@ -74,8 +74,8 @@ def both_streams(name: str, state: Rounding, stats: Stats | None) -> tuple[jax.A
 def _moved(rows: jax.Array, gram: jax.Array, cross: jax.Array, *, damp: float) -> tuple[jax.Array, jax.Array]:
     """W* - W, and the first targets less W, both `[m, n]`."""
     h, dead = unit_hessian(gram)
-    u, d, damping = damped_udu(h, damp, dead)
+    ut, d, damping = damped_udu(h, damp, dead)
     right = jnp.matmul(rows, cross, precision=HIGHEST)
-    v = unit_upper_inverse(u)  # inv(U D U^T) = V^T inv(D) V
-    moved = jnp.matmul(jnp.matmul(right, v.T, precision=HIGHEST) / d, v, precision=HIGHEST)
+    vt = unit_lower_inverse(ut)  # inv(U D U^T) = V^T inv(D) V
+    moved = jnp.matmul(jnp.matmul(right, vt, precision=HIGHEST) / d, vt.T, precision=HIGHEST)
     return moved, right / (jnp.diagonal(h) + dead + damping)
