@@ -147,16 +147,16 @@ def _solve_one(
     scales = None if given is None else ldlq.as_scales(given, fmt, m, h.dtype)
     more = None if first is None else (first[:, order[0]] - rows[:, order[0]]).astype(h.dtype)
     weight = _columns_of(rows, order if act_order else None, plan, h.dtype)
-    rounded = ldlq.as_scales(plain, fmt, m, h.dtype)
-    chooser = _chooser(fmt, factors, plain, m, h.dtype)
-    swept, rtn_error = ldlq.sweep(weight, columns, ut, scales, rounded, chooser, fmt, plan, more)
+    swept = ldlq.sweep(weight, columns, ut, scales, _chooser(fmt, factors, plain, m, h.dtype), fmt, plan, m, more)
     codes = swept.codes[:, jnp.argsort(order)] if act_order else swept.codes[:, :n]
     chosen = given
     if chosen is None:
         scale, zero_point = jax.tree.map(lambda x: x[: fmt.blocks(n)].T, swept.params)
         chosen = BlockParams(scale, zero_point, plain.outer)
 
-    rtn_loss = _rtn_loss(rtn_error, columns, ut, swept.loss, plan)
+    # What was swept is known by its loss; round to nearest takes the place of its errors.
+    rtn = ldlq.round_to_nearest(weight, columns, ldlq.as_scales(plain, fmt, m, h.dtype), fmt, plan, swept.error)
+    rtn_loss = _rtn_loss(*rtn, columns, ut, swept.loss, plan)
     better = _better(rtn_loss, swept.loss, fmt, fmt.block == "tensor" and len(factors) > 1)
     pick = lambda a, b: jnp.where(better[:: fmt.tile_rows][: a.shape[0], None], a, b)
     codes = jnp.where(better[:, None], encode(rows, plain, fmt), codes)
@@ -232,10 +232,12 @@ def _columns_of(rows: jax.Array, order: jax.Array | None, plan: ldlq.Plan, dtype
         piece = lambda row, few, at: (
             lax.dynamic_slice_in_dim(rows, row, few).at[:, which(at)].get(mode="fill", fill_value=0)
         )
-    return lambda at: transposed_rows(len(rows), lambda row, few: piece(row, few, at).astype(dtype))
+    return lambda i: transposed_rows(len(rows), lambda row, few: piece(row, few, i * size).astype(dtype))
 
 
-def _rtn_loss(error: jax.Array, columns: ldlq.Columns, ut: jax.Array, bar: jax.Array, plan: ldlq.Plan) -> jax.Array:
+def _rtn_loss(
+    error: jax.Array, added: jax.Array, columns: ldlq.Columns, ut: jax.Array, bar: jax.Array, plan: ldlq.Plan
+) -> jax.Array:
     """E H E^T of each row rounded to nearest, `[m]`; or a number between `bar` and it, once all rows are above `bar`.
 
     The sum over k of D_k (E U)_k^2, less what was added to H. It only grows, so the largest terms come first: of each
@@ -259,5 +261,4 @@ def _rtn_loss(error: jax.Array, columns: ldlq.Columns, ut: jax.Array, bar: jax.A
         terms = lax.fori_loop(0, block + 1, add, jnp.zeros((len(chosen), error.shape[1]), error.dtype)) ** 2
         return i + 1, total + jnp.dot(columns.d[chosen], terms, precision=HIGHEST)
 
-    start = -jnp.sum(columns.added[:, None] * error * error, axis=0)
-    return lax.while_loop(undecided, add, (0, start))[1]
+    return lax.while_loop(undecided, add, (0, -added))[1]

@@ -93,11 +93,11 @@ Stored = tuple[jax.Array, jax.Array | None]  # scales and zero points as a forma
 
 
 class Swept(NamedTuple):
-    """What a sweep of some columns returns.
+    """What a sweep returns.
 
     Attributes:
       error: E, `[k, m]`.
-      codes: uint8 `[k, m]`.
+      codes: uint8 `[k, m]`; of a whole sweep, `[m, k]`.
       loss: E H E^T of each row, H without what was added: sum of D_k (target_k - Q_k)^2 - added_k E_k^2, `[m]`.
       params: the scales and zero points chosen at the start of groups, `[groups, M]`, as the format stores them; None
         where they were given.
@@ -116,7 +116,7 @@ def pad(columns: Columns, ut: jax.Array, plan: Plan) -> tuple[Columns, jax.Array
     return jax.tree.map(lambda x: jnp.pad(x, (0, more)), columns), jnp.pad(ut, (0, more))
 
 
-# The number of a column -> the weight's columns from there on, [sizes[0], m]; zeros for those that were appended.
+# The number of a block -> the weight's columns there, [sizes[0], m]; zeros for those that were appended.
 Weight = Callable[[jax.Array], jax.Array]
 # Corrected weight of a group, [g, m] -> its scales, [1, m], and as they are stored, [1, M].
 Choose = Callable[[jax.Array], tuple[Scales, Stored]]
@@ -127,51 +127,60 @@ def sweep(
     columns: Columns,
     ut: jax.Array,
     scales: Scales | None,
-    plain: Scales,
     choose: Choose,
     fmt: Format,
     plan: Plan,
+    m: int,
     first: jax.Array | None = None,
-) -> tuple[Swept, jax.Array]:
+) -> Swept:
     """Rounds all columns.
 
     Args:
-      weight: W, read once.
+      weight: W, of m rows.
       columns: of `plan.padded` columns.
       ut: U^T, `[padded, padded]`, unit lower triangular.
       scales: the given scales, or None where `plan.group` says when to choose them.
-      plain: the scales of round to nearest.
-      choose: how to choose scales.
+      choose: how to choose them.
       fmt: the format.
       plan: the block sizes.
+      m: the number of rows.
       first: `[m]`: what is added to the target of the first column.
-
-    Returns:
-      What was swept, its codes `[m, padded]`; and E of round to nearest, `[padded, m]`.
     """
-    size, m = plan.sizes[0], plain.scale.shape[1]
+    size = plan.sizes[0]
     level = partial(_level, sizes=plan.sizes, choose=choose, fmt=fmt, plan=plan)
 
     def step(carry, i):
         error, codes, loss = carry
         at = i * size
-        w, part = weight(at), jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at, size), columns)
+        w, part = weight(i), jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at, size), columns)
         f = feedback(error, ut, i, size)
         if first is not None:
             f = f.at[0].add(jnp.where(i == 0, first, 0))
         out = level(f, w, part, lax.dynamic_slice(ut, (at, at), (size, size)), scales)
         error = lax.dynamic_update_slice_in_dim(error, out.error, at, 0)
         codes = _transposed_into(codes, out.codes, at)
-        plain_error = w - round_columns(w, jax.tree.map(lambda x: x[part.block], plain), fmt)[1]
-        return (error, codes, loss + out.loss), (out.params, plain_error)
+        return (error, codes, loss + out.loss), out.params
 
-    dtype = plain.scale.dtype
-    start = jnp.zeros((plan.padded, m), dtype), jnp.zeros((m, plan.padded), jnp.uint8), jnp.zeros(m, dtype)
-    (error, codes, loss), rest = lax.scan(step, start, jnp.arange(plan.padded // size))
+    start = jnp.zeros((plan.padded, m), ut.dtype), jnp.zeros((m, plan.padded), jnp.uint8), jnp.zeros(m, ut.dtype)
+    (error, codes, loss), params = lax.scan(step, start, jnp.arange(plan.padded // size))
     if first is not None:  # the loss is of the weight, not of the target
         loss = loss + columns.d[0] * (error[0] ** 2 - (error[0] + first) ** 2)
-    params, plain_error = jax.tree.map(_merge, rest)
-    return Swept(error, codes, loss, params), plain_error
+    return Swept(error, codes, loss, jax.tree.map(_merge, params))
+
+
+def round_to_nearest(
+    weight: Weight, columns: Columns, scales: Scales, fmt: Format, plan: Plan, room: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """E of W rounded to nearest, `[padded, m]`, in the place of `room`; and sum of added_k E_k^2, `[m]`."""
+    size = plan.sizes[0]
+
+    def step(i, state):
+        room, total = state
+        w, part = weight(i), jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * size, size), columns)
+        e = w - round_columns(w, jax.tree.map(lambda x: x[part.block], scales), fmt)[1]
+        return lax.dynamic_update_slice_in_dim(room, e, i * size, 0), total + dot(part.added, e**2)
+
+    return lax.fori_loop(0, plan.padded // size, step, (room, jnp.zeros_like(room[0])))
 
 
 def _transposed_into(codes: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:
