@@ -105,11 +105,7 @@ def sweep_rows(
     """
     one = partial(_solve_one, fmt=fmt, settings=settings)
     # One matrix after the other: a single one keeps the machine busy, and the temporaries of one are enough.
-    given = (state.rows, gram, state.params, first)
-    if len(gram) == 1:
-        codes, params, notes = jax.tree.map(lambda x: x[None], one(*jax.tree.map(lambda x: x[0], given)))
-    else:
-        codes, params, notes = lax.map(lambda xs: one(*xs), given)
+    codes, params, notes = lax.map(lambda xs: one(*xs), (state.rows, gram, state.params, first))
     return state._replace(params=params, codes=codes, notes=state.notes | notes)
 
 
@@ -256,9 +252,7 @@ def _rtn_loss(
         i, total = state
         block = i % blocks
         chosen = block * size + which[block, i // blocks]
-        rows = ut[chosen]
-        add = lambda j, sums: sums + ldlq.dot(*(lax.dynamic_slice_in_dim(a, j * size, size, axis) for a, axis in ((rows, 1), (error, 0))))
-        terms = lax.fori_loop(0, block + 1, add, jnp.zeros((len(chosen), error.shape[1]), error.dtype)) ** 2
+        terms = ldlq.product(ut[chosen], error, block + 1, size) ** 2
         return i + 1, total + jnp.dot(columns.d[chosen], terms, precision=HIGHEST)
 
     return lax.while_loop(undecided, add, (0, -added))[1]

@@ -3,9 +3,9 @@
 
     target_k = W_k + sum_{j<k} E_j U_jk,    Q_k = round(target_k),    E = W - Q
 
-Everything here is transposed, W and E `[n, m]` and U^T, so that a column of the weight is contiguous, and padded to whole blocks with
-columns that are coupled to nothing. Blocks are nested: each level adds to the targets of its next part, by one matmul,
-the feedback of the errors made inside the level so far.
+Everything here is transposed, W and E `[n, m]` and U^T `[n, n]`, so that a column of the weight, and what it needs of
+U, is contiguous; and padded to whole blocks with columns that are coupled to nothing. Blocks are nested: each level
+adds to the targets of its next part, by one matmul, the feedback of the errors made inside the level so far.
 """
 
 import math
@@ -196,11 +196,17 @@ def _transposed_into(codes: jax.Array, part: jax.Array, at: jax.Array) -> jax.Ar
 
 def feedback(e: jax.Array, ut: jax.Array, i: jax.Array, size: int) -> jax.Array:
     """sum over blocks j < i of U[j, i]^T E[j], `[size, m]`: what their errors add to the targets of block i."""
+    return product(lax.dynamic_slice_in_dim(ut, i * size, size), e, i, size)
+
+
+def product(rows: jax.Array, e: jax.Array, count: jax.Array, size: int) -> jax.Array:
+    """rows E, `[k, m]`, of the first `count` blocks of E alone; rows `[k, n]`."""
 
     def add(j, total):
-        return total + dot(lax.dynamic_slice(ut, (i * size, j * size), (size, size)), lax.dynamic_slice_in_dim(e, j * size, size))
+        part = lax.dynamic_slice_in_dim(rows, j * size, size, axis=1)
+        return total + dot(part, lax.dynamic_slice_in_dim(e, j * size, size))
 
-    return lax.fori_loop(0, i, add, jnp.zeros((size, e.shape[1]), e.dtype))
+    return lax.fori_loop(0, count, add, jnp.zeros((len(rows), e.shape[1]), e.dtype))
 
 
 def _level(
@@ -214,7 +220,7 @@ def _level(
     fmt: Format,
     plan: Plan,
 ) -> Swept:
-    """Sweeps the `sizes[0]` columns of w, f `[sizes[0], m]` being the feedback from all before them and ut their block of U^T."""
+    """Sweeps the `sizes[0]` columns of w; f `[sizes[0], m]` is the feedback from all before, ut their block of U^T."""
     params = None
     if sizes[0] == plan.group:
         scales, params = choose(corrected(f, w, ut))
@@ -237,7 +243,8 @@ def _level(
         return carry, (out.codes, out.params)
 
     start = jnp.zeros_like(f), jnp.zeros_like(f[0])
-    xs = (jnp.arange(0, sizes[0], part), *jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), (f, w, columns)))
+    parts = jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), (f, w, columns))
+    xs = (jnp.arange(0, sizes[0], part), *parts)
     (error, loss), rest = lax.scan(step, start, xs)
     codes, inner = jax.tree.map(_merge, rest)
     return Swept(error, codes, loss, inner if params is None else params)

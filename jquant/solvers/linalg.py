@@ -1,8 +1,8 @@
 """Triangular factorizations for the second-order solvers: H = U D U^T by a single Cholesky factorization.
 
-Matmuls do what is large. LAPACK's own routines reach a small part of a CPU's matmul rate; and a factorization in several
-threads costs more than its own time: the threads of OpenBLAS, which jaxlib has, wait for more by spinning, and for some
-20 ms afterwards XLA's products share the cores with them. So LAPACK gets no more than one thread is thought enough for.
+Matmuls do what is large. LAPACK's own routines reach a small part of a CPU's matmul rate, and one that runs in several
+threads costs more than its own time: the threads of OpenBLAS, which is what jaxlib has, wait for more by spinning, and
+XLA's products share the cores with them for as long. So LAPACK gets matrices that OpenBLAS gives to one thread.
 Everything runs on every device.
 """
 
@@ -16,7 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 HIGHEST = lax.Precision.HIGHEST  # never TF32 or bf16 passes: a solver's float32 is float32 on every device
 MAX_DAMPING = 10.0
-LEAF = 128  # the largest matrix whose factorization OpenBLAS, the LAPACK of jaxlib, leaves to one thread (see `udu`)
+LEAF = 128  # of 256 OpenBLAS makes several threads
 
 
 def udu(
@@ -31,7 +31,7 @@ def udu(
         R_jj R_jj^T = H_jj - sum_{k>j} R_jk R_jk^T,    R_ij^T = R_jj^-1 (H_ji - sum_{k>j} R_jk R_ik^T) for i < j
 
     Args:
-      h: `[n, n]`, symmetric positive definite; of the blocks above its diagonal nothing is read.
+      h: `[n, n]`, symmetric positive definite; above its diagonal nothing is read.
       added: `[n]` or a scalar.
       unit: a scalar.
 
@@ -78,9 +78,7 @@ def cholesky(a: jax.Array) -> jax.Array:
     n = len(a)
     count = -(-n // LEAF)
     size = -(-n // count)
-    more = count * size - n
-    rows = jnp.arange(n + more)
-    a = jnp.pad(a, (0, more)) + jnp.diag((rows >= n).astype(a.dtype))
+    a, rows = _with_ones(a, count * size), jnp.arange(count * size)
 
     def block_column(j, state):
         a, lower = state
@@ -107,7 +105,7 @@ def transposed_rows(count: int, rows: Callable[[jax.Array, int], jax.Array]) -> 
     transposition on a CPU would fetch each line from memory as often as it holds numbers.
     """
     few = min(16, count)
-    like = jax.eval_shape(lambda: rows(jnp.int32(0), few))
+    like = jax.eval_shape(lambda at: rows(at, few), jnp.arange(1)[0])
 
     def move(i, out):
         at = jnp.minimum(i * few, count - few)  # the last rows may be moved twice
@@ -119,18 +117,24 @@ def transposed_rows(count: int, rows: Callable[[jax.Array, int], jax.Array]) -> 
 def lower_inverse(lower: jax.Array) -> jax.Array:
     """The inverse of a lower triangular `[n, n]`: of small blocks on its diagonal, then of two neighbours at a time."""
     n = len(lower)
-    levels = max(0, math.ceil(math.log2(max(n, 1) / 32)))
+    levels = max(0, math.ceil(math.log2(n / 32)))
     size = -(-n // 2**levels)
-    more = (size << levels) - n
-    lower = jnp.pad(lower, (0, more)) + jnp.diag((jnp.arange(n + more) >= n).astype(lower.dtype))
+    lower = _with_ones(lower, size << levels)
     inverses = _small_inverses(_blocks(lower, size, 0))
     while size < len(lower):
         below = _blocks(lower, size, -1)[::2]
         top, bottom = inverses[::2], inverses[1::2]
-        corner = -jnp.matmul(jnp.matmul(bottom, below, precision=HIGHEST), top, precision=HIGHEST)
+        corner = -_dot(_dot(bottom, below), top)
         inverses = jnp.block([[top, jnp.zeros_like(top)], [corner, bottom]])
         size *= 2
     return inverses[0, :n, :n]
+
+
+def _with_ones(a: jax.Array, n: int) -> jax.Array:
+    """A matrix `[k, k]` as the first corner of an `[n, n]` that is the identity in the other."""
+    if (more := n - len(a)) == 0:
+        return a
+    return jnp.pad(a, (0, more)) + jnp.diag((jnp.arange(n) >= len(a)).astype(a.dtype))
 
 
 def _blocks(a: jax.Array, size: int, offset: int) -> jax.Array:
@@ -151,10 +155,6 @@ def _small_inverses(lower: jax.Array) -> jax.Array:
         return inverses.at[:, k].set((eye[k] - sums) / lower[:, k, k, None])
 
     return lax.fori_loop(0, n, row, jnp.zeros_like(lower))
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=HIGHEST)
 
 
 def unit_lower_inverse(lower: jax.Array) -> jax.Array:
@@ -187,3 +187,7 @@ def damped_udu(
     first = jnp.asarray(damp, h.dtype)
     start = (h, jnp.full_like(h[0], jnp.nan), first, first)
     return lax.while_loop(lambda state: ~jnp.isfinite(state[1]).all(), attempt, start)[:3]
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=HIGHEST)
