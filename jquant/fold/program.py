@@ -16,7 +16,7 @@ from jquant.fold import arrays
 from jquant.fold.flow import Flow
 from jquant.fold.info import Fold, Role
 from jquant.fold.rotations import classes_of
-from jquant.fold.wide import cut_leaf, run_wide
+from jquant.fold.wide import cut_leaf, run_together
 from jquant.trace.function import call_args, split_arrays, trace_call
 from jquant.trace.line import Line
 
@@ -217,7 +217,7 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
 
     All at once where that holds; else halves, and so on. Costs two runs of a few tokens, more only where one fails.
     """
-    before = run_wide(program.small, lambda p, cuts: cut_leaf(program.leaves[p], cuts), program.arrays)
+    before: list[np.ndarray] | None = None
     good: list[Any] = []
     bad: list[Refused] = []
     made: dict[str, Any] = {}
@@ -225,7 +225,7 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
     while parts:  # no function that calls itself: that would hold the parameters until the next garbage collection
         part = parts.pop(0)
         made.clear()
-        why = _difference(program, make([*good, *part]), before, made)
+        before, why = _difference(program, make([*good, *part]), before, made)
         if not why:
             good.extend(part)
         elif len(part) == 1:
@@ -236,24 +236,47 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
 
 
 def _difference(
-    program: Program, folds: Sequence[Fold], before: list[np.ndarray], made: dict[str, Any]
-) -> str:  # fmt: skip
-    """Why folds are none, or "". Leaves that are changed as a whole, at a cost, are put into `made`."""
+    program: Program, folds: Sequence[Fold], before: list[np.ndarray] | None, made: dict[str, Any]
+) -> tuple[list[np.ndarray], str]:
+    """The outputs without folds (`before`, if they are known), and why the folds change them, or "".
 
+    Leaves that are changed as a whole, at a cost, are put into `made`.
+    """
+    wide = _remembering(program.leaves)
     costly = not all(fold.diagonal for fold in folds)
 
     def changed(path: str, cuts: Cuts) -> Any:
-        leaf = program.leaves[path]
-        wide = cut_leaf(leaf, cuts)
-        done = edit(folds, path, wide, cuts)
-        if not cuts and done is not wide and path not in made and costly:
-            made[path] = _finished(leaf, wide, done)
+        leaf, old = program.leaves[path], wide(path, cuts)
+        done = edit(folds, path, old, cuts)
+        if not cuts and done is not old and path not in made and costly:
+            made[path] = _finished(leaf, old, done)
         return done
 
-    try:
-        after = run_wide(program.small, changed, program.arrays)
-    except ValueError as e:
-        return str(e)
+    runs = [changed] if before is not None else [wide, changed]
+    *first, after = run_together(program.small, runs, program.arrays)
+    if before is None:
+        [before] = first
+        if isinstance(before, ValueError):
+            raise before
+    assert isinstance(before, list)
+    return before, str(after) if isinstance(after, ValueError) else _first_change(before, after)
+
+
+def _remembering(leaves: Mapping[str, Any]) -> Callable[[str, Cuts], Any]:
+    """`cut_leaf` of leaves by path, and again what was asked for last."""
+    last: dict[Any, Any] = {}
+
+    def wide(path: str, cuts: Cuts) -> Any:
+        if (key := (path, tuple(cuts))) not in last:
+            last.clear()
+            last[key] = cut_leaf(leaves[path], cuts)
+        return last[key]
+
+    return wide
+
+
+def _first_change(before: list[np.ndarray], after: list[np.ndarray]) -> str:
+    """What is not the same in the outputs, or ""."""
     for a, b in zip(before, after, strict=True):
         if not jnp.issubdtype(a.dtype, jnp.floating):
             if not np.array_equal(a, b):
@@ -309,7 +332,10 @@ def _finished(leaf: Any, inner: Any, done: Any) -> Any:
 
 
 def _narrowed(a: Any, dtype: Any) -> jax.Array:
-    return jnp.asarray(a if isinstance(a, jax.Array) else np.asarray(a), dtype)
+    if isinstance(a, jax.Array):
+        return jnp.asarray(a, dtype)
+    a = np.asarray(a)
+    return jnp.asarray(a.astype(dtype) if dtype == np.float32 else a, dtype)  # numpy is the faster one here
 
 
 def warn_refused(name: str, refused: list[Refused], tell: Callable[[Any], str]) -> None:

@@ -36,25 +36,54 @@ def run_wide(line: Line, leaf: Leaf, arrays: Sequence[Any]) -> list[np.ndarray]:
       arrays: what it takes after the parameters.
     """
     with jax.enable_x64(True):
-        env: dict[Sym, Any] = {s: _widen(a) for s, a in zip(line.arrays, arrays, strict=True)}
-        env.update({s: _widen(a) for s, a in line.consts.items()})
-        left = Counter(a for instr in line.instrs for a in instr.args if isinstance(a, Sym))
-        left.update(a for a in line.outputs if isinstance(a, Sym))
-        read = 0
-        for instr in line.instrs:
-            read += sum(math.prod(a.value.shape) for a in instr.args if isinstance(a, Ref))
-            if read > _LARGE:  # what was made of parameters lies about in the heap
-                memory.give_back()
-                read = 0
-            for out, value in zip(instr.outs, _instr(instr, env, leaf), strict=True):
-                env[out] = value
-            for a in instr.args:
-                if isinstance(a, Sym):
-                    left[a] -= 1
-                    if not left[a]:
-                        del env[a]
-        outs = [_value(a, env, leaf) for a in line.outputs]
-        return [np.asarray(o.array() if isinstance(o, Ref) else o) for o in outs]
+        run = _steps(line, leaf, arrays)
+        while (outs := next(run)) is None:
+            pass
+        return outs
+
+
+def run_together(
+    line: Line, leaves: Sequence[Leaf], arrays: Sequence[Any]
+) -> list[list[np.ndarray] | ValueError]:
+    """`run_wide` of several sets of leaves, instruction by instruction: what one reads can be what the last has read.
+
+    A set of leaves that raises a ValueError ends its run, and has it in the place of outputs.
+    """
+    runs = [_steps(line, leaf, arrays) for leaf in leaves]
+    outs: list[Any] = [None] * len(runs)
+    with jax.enable_x64(True):
+        while any(o is None for o in outs):
+            for i, run in enumerate(runs):
+                if outs[i] is None:
+                    try:
+                        outs[i] = next(run)
+                    except ValueError as e:
+                        outs[i] = e
+    return outs
+
+
+def _steps(line: Line, leaf: Leaf, arrays: Sequence[Any]) -> Iterator[list[np.ndarray] | None]:
+    """Runs one instruction after the other, giving None; at last the outputs."""
+    env: dict[Sym, Any] = {s: _widen(a) for s, a in zip(line.arrays, arrays, strict=True)}
+    env.update({s: _widen(a) for s, a in line.consts.items()})
+    left = Counter(a for instr in line.instrs for a in instr.args if isinstance(a, Sym))
+    left.update(a for a in line.outputs if isinstance(a, Sym))
+    read = 0
+    for instr in line.instrs:
+        read += sum(math.prod(a.value.shape) for a in instr.args if isinstance(a, Ref))
+        if read > _LARGE:  # what was made of parameters lies about in the heap
+            memory.give_back()
+            read = 0
+        for out, value in zip(instr.outs, _instr(instr, env, leaf), strict=True):
+            env[out] = value
+        for a in instr.args:
+            if isinstance(a, Sym):
+                left[a] -= 1
+                if not left[a]:
+                    del env[a]
+        yield None
+    outs = [_value(a, env, leaf) for a in line.outputs]
+    yield [np.asarray(o.array() if isinstance(o, Ref) else o) for o in outs]
 
 
 def cut_leaf(leaf: Any, cuts: Sequence[tuple[int, ...]]) -> Any:
