@@ -100,36 +100,42 @@ def random_rotation(n: int, rng: np.random.Generator, ones: bool = False) -> np.
     return _keeping_ones(r) if ones else r
 
 
-_SMALL = 2**18  # a product of matrices of so many terms is not worth a second thread, and OpenBLAS starts none
+_PART = 2**19  # entries that stay in a cache
+_ALONE = 2**18  # terms of a product for which OpenBLAS starts no thread: that would cost more than it does
 
 
 def turn_rows(rows: np.ndarray, by: Factored, out: np.ndarray) -> None:
     """`out[:] = rows @ R` in n (l + m) products a row instead of n n, all float64 `[count, n]`, in any order of memory.
 
-    In parts that stay in a core's cache, each of products so small that they leave the other cores alone.
+    Few calls of NumPy for each part, of many small products that leave the other cores, and the interpreter, alone.
     """
-    along = _turn_columns if rows.strides[0] < rows.strides[1] else _turn_part
-    size = min(480, max(24, _SMALL // len(by.right) ** 2 // 24 * 24))
-    for i in range(0, len(rows), size):
-        along(rows[i : i + size], by, out[i : i + size])
+    along = _turn_columns if rows.strides[0] < rows.strides[1] else _turn_rows
+    at_once = max(1, _ALONE // len(by.right) ** 2)
+    size = max(1, _PART // rows.shape[1] // at_once) * at_once
+    whole = len(rows) // at_once * at_once
+    for i in range(0, whole, size):
+        along(rows[i : min(i + size, whole)], by, out[i : min(i + size, whole)], at_once)
+    if whole < len(rows):
+        along(rows[whole:], by, out[whole:], len(rows) - whole)
 
 
-def _turn_part(rows: np.ndarray, by: Factored, out: np.ndarray) -> None:
-    """The factors along the last axis of rows that lie as rows in memory."""
+def _turn_rows(rows: np.ndarray, by: Factored, out: np.ndarray, at_once: int) -> None:
+    """The factors along rows that lie as rows in memory."""
     l, m = len(by.left), len(by.right)
     x = np.multiply(rows, by.signs, order="C")
-    # Some rows at a time, as one matrix.
-    at_once = next(k for k in (8, 6, 4, 2, 1) if len(x) % k == 0 and k * l * m * m <= _SMALL or k == 1)
-    y = np.matmul(x.reshape(-1, at_once * l, m), by.right).reshape(-1, l, m)
+    together = max(k for k in range(1, at_once + 1) if at_once % k == 0 and k * l <= max(l, at_once))
+    y = np.matmul(x.reshape(-1, together * l, m), by.right).reshape(-1, l, m)
     out[:] = (np.matmul(by.left.T, y) if l > 1 else y).reshape(x.shape)
 
 
-def _turn_columns(rows: np.ndarray, by: Factored, out: np.ndarray) -> None:
-    """The same for rows that lie as columns in memory."""
+def _turn_columns(rows: np.ndarray, by: Factored, out: np.ndarray, at_once: int) -> None:
+    """The same for rows that lie as columns in memory: `at_once` of them are a matrix."""
     l, m = len(by.left), len(by.right)
-    x = np.multiply(rows.T, by.signs[:, None], order="C")
-    y = np.matmul(by.right.T, x.reshape(l, m, -1))
-    out.T[:] = ((by.left.T @ y.reshape(l, -1)) if l > 1 else y).reshape(x.shape)
+    x = np.multiply(rows.T, by.signs[:, None], order="C").reshape(l, m, -1, at_once)
+    y = np.matmul(by.right.T, x.transpose(2, 0, 1, 3)).reshape(-1, l, m * at_once)
+    if l > 1:
+        y = np.matmul(by.left.T, y)
+    out.T.reshape(l * m, -1, at_once)[:] = y.reshape(-1, l * m, at_once).transpose(1, 0, 2)
 
 
 def _keeping_ones(r: np.ndarray) -> np.ndarray:

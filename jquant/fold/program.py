@@ -1,5 +1,6 @@
 """`Program`: what a fold reads of a function, and the proof that a change of its parameters changes nothing else."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -16,9 +17,11 @@ from jquant.fold import arrays
 from jquant.fold.flow import Flow
 from jquant.fold.info import Fold, Role
 from jquant.fold.rotations import classes_of
-from jquant.fold.wide import cut_leaf, run_together
+from jquant.fold.ahead import ahead
+from jquant.fold.wide import cut_leaf, made_in_parts, run_together
 from jquant.trace.function import call_args, split_arrays, trace_call
 from jquant.trace.line import Line
+from jquant.trace.view import Ref
 
 Cuts = Sequence[tuple[int, ...]]
 TOLERANCE = 1e-9
@@ -242,37 +245,35 @@ def _difference(
 
     Leaves that are changed as a whole, at a cost, are put into `made`.
     """
-    wide = _remembering(program.leaves)
     costly = not all(fold.diagonal for fold in folds)
+    refs = (a for i in program.small.instrs for a in i.args if isinstance(a, Ref))
+    keys = [(a.path, a.value.cuts) for a in refs if not made_in_parts(a)]
 
-    def changed(path: str, cuts: Cuts) -> Any:
-        leaf, old = program.leaves[path], wide(path, cuts)
-        done = edit(folds, path, old, cuts)
-        if not cuts and done is not old and path not in made and costly:
-            made[path] = _finished(leaf, old, done)
-        return done
+    def pair(path: str, cuts: Cuts) -> tuple[Any, Any]:
+        wide = cut_leaf(program.leaves[path], cuts)
+        try:
+            return wide, edit(folds, path, wide, cuts)
+        except ValueError as e:
+            return wide, e
 
-    runs = [changed] if before is not None else [wide, changed]
-    *first, after = run_together(program.small, runs, program.arrays)
+    with ahead(pair, keys, lambda key: math.prod(program.small.params[key[0]].shape)) as made_ahead:
+
+        def changed(path: str, cuts: Cuts) -> Any:
+            wide, done = made_ahead(path, cuts)
+            if isinstance(done, ValueError):
+                raise done
+            if not cuts and done is not wide and path not in made and costly:
+                made[path] = _finished(program.leaves[path], wide, done)
+            return done
+
+        runs = [changed] if before is not None else [lambda path, cuts: made_ahead(path, cuts)[0], changed]
+        *first, after = run_together(program.small, runs, program.arrays)
     if before is None:
         [before] = first
         if isinstance(before, ValueError):
             raise before
     assert isinstance(before, list)
     return before, str(after) if isinstance(after, ValueError) else _first_change(before, after)
-
-
-def _remembering(leaves: Mapping[str, Any]) -> Callable[[str, Cuts], Any]:
-    """`cut_leaf` of leaves by path, and again what was asked for last."""
-    last: dict[Any, Any] = {}
-
-    def wide(path: str, cuts: Cuts) -> Any:
-        if (key := (path, tuple(cuts))) not in last:
-            last.clear()
-            last[key] = cut_leaf(leaves[path], cuts)
-        return last[key]
-
-    return wide
 
 
 def _first_change(before: list[np.ndarray], after: list[np.ndarray]) -> str:

@@ -134,7 +134,7 @@ _READER: Any = _Reader()
 
 
 def _instr(instr: Any, env: dict[Sym, Any], leaf: Leaf) -> list[Any]:
-    if any(isinstance(a, Ref) and math.prod(a.value.shape) > _LARGE for a in instr.args):
+    if any(isinstance(a, Ref) and made_in_parts(a) for a in instr.args):
         args = [a if isinstance(a, Ref) else _value(a, env, leaf) for a in instr.args]
         if (out := _in_parts(instr.eqn, args, leaf)) is not None:
             return [out]
@@ -142,6 +142,11 @@ def _instr(instr: Any, env: dict[Sym, Any], leaf: Leaf) -> list[Any]:
     if instr.eqn is None:
         return [numbers.plain(o) for o in instr.run(values, _READER, interpreter.Frame())]
     return _eqn(instr.eqn, values)
+
+
+def made_in_parts(ref: Ref) -> bool:
+    """Whether a leaf is too large to be made as a whole where parts will do."""
+    return math.prod(ref.value.shape) > _LARGE
 
 
 _LARGE, _PART = 2**23, 2**22  # entries of a leaf that is made in parts, and of such a part
