@@ -141,17 +141,12 @@ def _check_weights(leaves: dict[str, Any]) -> None:
 
 def _count_not_finite(leaf: Any) -> int:
     """How many entries are NaN or infinite; counted only where a sum of squares, at the speed of memory, is not finite."""
-    if leaf.dtype in (np.float32, np.float64) and _in_host_memory(leaf):
+    if leaf.dtype in (np.float32, np.float64) and memory.in_host_memory(leaf):
         flat = np.asarray(leaf).ravel()
         with np.errstate(all="ignore"):
             if np.isfinite(np.dot(flat, flat)):
                 return 0
     return int(_not_finite(leaf))
-
-
-def _in_host_memory(leaf: Any) -> bool:
-    """Whether numpy reads an array where it lies."""
-    return isinstance(leaf, np.ndarray) or [d.platform for d in leaf.devices()] == ["cpu"]
 
 
 @jax.jit

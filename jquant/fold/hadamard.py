@@ -100,7 +100,7 @@ def random_rotation(n: int, rng: np.random.Generator, ones: bool = False) -> np.
     return _keeping_ones(r) if ones else r
 
 
-_PART = 2**19  # entries that stay in a cache
+_PART = 2**18  # entries that stay in a cache
 _ALONE = 2**18  # terms of a product for which OpenBLAS starts no thread: that would cost more than it does
 
 

@@ -7,6 +7,7 @@ matrix maps the vector of ones to itself; then a number added to all channels is
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -232,7 +233,9 @@ def find_rotations(line: Line, leaves: dict[str, Any]) -> Rotations:
     _note_places(flow)
     order = np.argsort(labels.mark[roots], kind="stable")
     marks = labels.mark[roots][order]
-    groups = np.split(roots[order], np.flatnonzero(np.diff(marks.astype(np.int64)) != 0) + 1)
+    ends = [*np.flatnonzero(marks[1:] != marks[:-1]) + 1, len(marks)]
+    sorted_roots = roots[order]
+    groups = [sorted_roots[i:j] for i, j in pairwise([0, *ends]) if j - i > 1]
     member = np.zeros(len(labels.root), np.int64)  # the number of each class's block
     for number, group in enumerate(groups, 1):
         member[group] = number
@@ -247,7 +250,7 @@ def find_rotations(line: Line, leaves: dict[str, Any]) -> Rotations:
     blocks = [
         Block(np.sort(group), n in ones, n in norm, tuple(made[n]), tuple(read[n]))
         for n, group in enumerate(groups, 1)
-        if len(group) > 1 and read[n] and made[n]
+        if read[n] and made[n]
     ]
     return Rotations(flow, sorted(blocks, key=lambda b: b.labels[0]))
 

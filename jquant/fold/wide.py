@@ -18,7 +18,7 @@ import numpy as np
 
 from jquant.core import kept, memory
 from jquant.core.per_use import PerUse, held
-from jquant.fold import numbers
+from jquant.fold import arrays, numbers
 from jquant.trace import compat, interpreter, view
 from jquant.trace.line import Line, Sym
 from jquant.trace.view import Ref
@@ -88,7 +88,9 @@ def _steps(line: Line, leaf: Leaf, arrays: Sequence[Any]) -> Iterator[list[np.nd
 
 def cut_leaf(leaf: Any, cuts: Sequence[tuple[int, ...]]) -> Any:
     """A leaf, cut; floats in float64."""
-    inner = kept.apply_cuts(held(leaf), tuple(cuts))
+    inner = held(leaf)
+    here = memory.in_host_memory(inner)  # then a cut is no copy
+    inner = arrays.cut(np.asarray(inner), cuts) if here else kept.apply_cuts(inner, tuple(cuts))
     inner = inner.dequantize() if hasattr(inner, "dequantize") else inner
     maps = {
         k: np.asarray(getattr(leaf, k), np.float64) for k in ("lookup", "product") if getattr(leaf, k, None) is not None
