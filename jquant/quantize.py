@@ -4,7 +4,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -88,21 +88,24 @@ def quantize(
     box = [params]
     del params  # if the caller kept no reference either, what is replaced is freed
     args, kwargs = call_args(batches[0])
-    with tracing_once():
+    with tracing_once(), ThreadPoolExecutor() as pool:
         targets = plan_targets(find_sites(apply, box[0], *args, **kwargs), box[0], recipe)
         _check_weights({p: v for p, v in flatten_with_paths(box[0])[0] if p in targets})
+        programs = [] if method.needs else _compiling(pool, method, targets, box[0])
         box.append(folded(apply, box, targets, method, batches))
         more = (batches, recipe, resume)
-        tree = _walk(apply, box, targets, method, *more) if method.needs else _each(box, targets, method)
+        tree = _walk(apply, box, targets, method, *more) if method.needs else _each(box, targets, method, programs)
         return add_activations(apply, tree, targets, batches)
 
 
-def _each(box: list[Any], targets: dict[str, Target], method: Method) -> Any:
-    """The parameters in `box`, each solved for itself; one that nothing else holds is freed once it is solved."""
+def _each(box: list[Any], targets: dict[str, Target], method: Method, programs: list[Future[Any]]) -> Any:
+    """The parameters in `box`, each solved for itself by `programs`; one that nothing else holds is freed once it is
+    solved."""
     flat, treedef = flatten_with_paths(box.pop())
     paths, leaves = [p for p, _ in flat], [leaf for _, leaf in flat]
     del flat
-    _compile_together(method, [(targets[p], held(v)) for p, v in zip(paths, leaves, strict=True) if p in targets])
+    for program in programs:
+        program.result()
     for i, path in enumerate(paths):
         if path in targets:
             leaves[i] = holding(leaves[i], _solve_whole(leaves[i], targets[path], method))
@@ -191,13 +194,16 @@ def _axes_alone(target: Target) -> tuple[Axes]:
     return ((target.contracted, target.batch),)
 
 
-def _compile_together(method: Method, weights: list[tuple[Target, Any]]) -> None:
-    """Compiles what `_solve_whole` will run, several programs at a time."""
-    first = {(t.format, _axes_alone(t), w.shape, str(w.dtype)): w for t, w in weights}
-    with ThreadPoolExecutor() as pool:  # the first compiles while the next is traced
-        found = [pool.submit(_solved.lower(method, *key[:2], [w], None).compile) for key, w in first.items()]
-    for each in found:
-        each.result()
+def _compiling(
+    pool: ThreadPoolExecutor, method: Method, targets: dict[str, Target], params: Any
+) -> list[Future[Any]]:
+    """The programs that `_solve_whole` will run; others threads compile them, while the first is still traced here."""
+    first = {}
+    for path, leaf in flatten_with_paths(params)[0]:
+        if path in targets:
+            w, target = held(leaf), targets[path]
+            first[target.format, _axes_alone(target), w.shape, str(w.dtype)] = w
+    return [pool.submit(_solved.lower(method, *key[:2], [w], None).compile) for key, w in first.items()]
 
 
 def _solve_whole(w: Any, target: Target, method: Method) -> QTensor:

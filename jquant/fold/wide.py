@@ -71,7 +71,7 @@ def _steps(line: Line, leaf: Leaf, arrays: Sequence[Any]) -> Iterator[list[np.nd
     read = 0
     for instr in line.instrs:
         read += sum(math.prod(a.value.shape) for a in instr.args if isinstance(a, Ref))
-        if read > _LARGE:  # what was made of parameters lies about in the heap
+        if read > _READ:  # what was made of parameters lies about in the heap
             memory.give_back()
             read = 0
         for out, value in zip(instr.outs, _instr(instr, env, leaf), strict=True):
@@ -151,6 +151,7 @@ def made_in_parts(ref: Ref) -> bool:
     return math.prod(ref.value.shape) > _LARGE
 
 
+_READ = 2**25  # entries of leaves after which memory is given back: that takes time
 _LARGE, _PART = 2**23, 2**22  # entries of a leaf that is made in parts, and of such a part
 
 
