@@ -90,8 +90,8 @@ def quantize(
     args, kwargs = call_args(batches[0])
     with tracing_once(), ThreadPoolExecutor() as pool:
         targets = plan_targets(find_sites(apply, box[0], *args, **kwargs), box[0], recipe)
-        _check_weights({p: v for p, v in flatten_with_paths(box[0])[0] if p in targets})
         programs = [] if method.needs else _compiling(pool, method, targets, box[0])
+        _check_weights({p: v for p, v in flatten_with_paths(box[0])[0] if p in targets})
         box.append(folded(apply, box, targets, method, batches))
         more = (batches, recipe, resume)
         tree = _walk(apply, box, targets, method, *more) if method.needs else _each(box, targets, method, programs)
