@@ -172,6 +172,21 @@ def test_paths_are_the_promised_ones():
     assert "lm_head/kernel" not in param_shapes(CONFIGS["qwen2"])
 
 
+def test_layers_that_are_alike_are_traced_once(monkeypatch):
+    """One trace for each window, however many layers; and a new one each time, whatever held for the last."""
+    from jquant.models import decoder
+
+    traced: list[int | None] = []
+    whole = decoder.MLP.__call__
+    monkeypatch.setattr(decoder.MLP, "__call__", lambda self, x: traced.append(0) or whole(self, x))
+    config = dataclasses.replace(BASE, num_layers=6, sliding_window=3, sliding_layers=(1, 4))
+    model, tokens = build(config), jax.ShapeDtypeStruct((1, 5), jnp.int32)
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    for times in (1, 2):
+        jax.eval_shape(model, params, tokens)
+        assert len(traced) == 2 * times
+
+
 def test_init_dtype_and_seed():
     params = init(BASE, jax.random.key(0), "bfloat16")
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
