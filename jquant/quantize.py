@@ -143,13 +143,12 @@ def _check_weights(leaves: dict[str, Any]) -> None:
 
 
 def _count_not_finite(leaf: Any) -> int:
-    """How many entries are NaN or infinite; counted only where a sum of squares, at the speed of memory, is not finite."""
-    if leaf.dtype in (np.float32, np.float64) and memory.in_host_memory(leaf):
-        flat = np.asarray(leaf).ravel()
-        with np.errstate(all="ignore"):
-            if np.isfinite(np.dot(flat, flat)):
-                return 0
-    return int(_not_finite(leaf))
+    """How many entries are NaN or infinite: none if a sum of squares, at the speed of memory, is finite."""
+    if leaf.dtype not in (np.float32, np.float64) or not memory.in_host_memory(leaf):
+        return int(_not_finite(leaf))
+    flat = np.asarray(leaf).ravel()
+    with np.errstate(all="ignore"):
+        return 0 if np.isfinite(np.dot(flat, flat)) else int(np.sum(~np.isfinite(flat)))
 
 
 @jax.jit

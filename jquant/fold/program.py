@@ -14,10 +14,10 @@ from jquant.core.errors import JQuantWarning
 from jquant.core.paths import flatten_with_paths
 from jquant.core.per_use import PerUse, held, holding, is_per_use
 from jquant.fold import arrays
+from jquant.fold.ahead import ahead
 from jquant.fold.flow import Flow
 from jquant.fold.info import Fold, Role
 from jquant.fold.rotations import classes_of
-from jquant.fold.ahead import ahead
 from jquant.fold.wide import cut_leaf, made_in_parts, run_together
 from jquant.trace.function import call_args, split_arrays, trace_call
 from jquant.trace.line import Line
@@ -271,12 +271,10 @@ def _difference(
 
         runs = [changed] if before is not None else [lambda path, cuts: made_ahead(path, cuts)[0], changed]
         *first, after = run_together(program.small, runs, program.arrays)
-    if before is None:
-        [before] = first
-        if isinstance(before, ValueError):
-            raise before
-    assert isinstance(before, list)
-    return before, str(after) if isinstance(after, ValueError) else _first_change(before, after)
+    found = first[0] if before is None else before
+    if isinstance(found, ValueError):
+        raise found
+    return found, str(after) if isinstance(after, ValueError) else _first_change(found, after)
 
 
 def _first_change(before: list[np.ndarray], after: list[np.ndarray]) -> str:

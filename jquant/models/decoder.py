@@ -68,6 +68,7 @@ class Attention(nn.Module):
         if self.moments_behind is not None:
             self.sow("moments", "sums", _moments(q[:, self.moments_behind :], k[:, self.moments_behind :]))
         if entry is None:
+            assert context.mask is not None
             out = causal_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), context.mask)
         else:
             entry = kv_cache.append(entry, k, v, context.counts)
@@ -117,7 +118,7 @@ class Layers(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, contexts: dict[int | None, Context], entries: Any) -> tuple[jax.Array, Any]:
         c, new = self.config, {}
-        layer = nn.jit(Layer)  # traced once for all that are alike; a new one each time, so that no trace outlives a call
+        layer = nn.jit(Layer)  # traced once for all that are alike; a new one each time: no trace outlives a call
         for i in range(c.num_layers):
             entry, window = None if entries is None else entries[str(i)], c.window(i)
             x, new[str(i)] = layer(c, window, self.moments_behind, name=str(i))(x, contexts[window], entry)

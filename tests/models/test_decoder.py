@@ -183,7 +183,7 @@ def test_layers_that_are_alike_are_traced_once(monkeypatch):
     model, tokens = build(config), jax.ShapeDtypeStruct((1, 5), jnp.int32)
     params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     for times in (1, 2):
-        jax.eval_shape(model, params, tokens)
+        jax.eval_shape(lambda p, t: model(p, t), params, tokens)
         assert len(traced) == 2 * times
 
 
