@@ -4,7 +4,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -88,21 +88,24 @@ def quantize(
     box = [params]
     del params  # if the caller kept no reference either, what is replaced is freed
     args, kwargs = call_args(batches[0])
-    with tracing_once():
+    with tracing_once(), ThreadPoolExecutor() as pool:
         targets = plan_targets(find_sites(apply, box[0], *args, **kwargs), box[0], recipe)
+        programs = [] if method.needs else _compiling(pool, method, targets, box[0])
         _check_weights({p: v for p, v in flatten_with_paths(box[0])[0] if p in targets})
         box.append(folded(apply, box, targets, method, batches))
         more = (batches, recipe, resume)
-        tree = _walk(apply, box, targets, method, *more) if method.needs else _each(box, targets, method)
+        tree = _walk(apply, box, targets, method, *more) if method.needs else _each(box, targets, method, programs)
         return add_activations(apply, tree, targets, batches)
 
 
-def _each(box: list[Any], targets: dict[str, Target], method: Method) -> Any:
-    """The parameters in `box`, each solved for itself; one that nothing else holds is freed once it is solved."""
+def _each(box: list[Any], targets: dict[str, Target], method: Method, programs: list[Future[Any]]) -> Any:
+    """The parameters in `box`, each solved for itself by `programs`; one that nothing else holds is freed once it is
+    solved."""
     flat, treedef = flatten_with_paths(box.pop())
     paths, leaves = [p for p, _ in flat], [leaf for _, leaf in flat]
     del flat
-    _compile_together(method, [(targets[p], held(v)) for p, v in zip(paths, leaves, strict=True) if p in targets])
+    for program in programs:
+        program.result()
     for i, path in enumerate(paths):
         if path in targets:
             leaves[i] = holding(leaves[i], _solve_whole(leaves[i], targets[path], method))
@@ -135,9 +138,17 @@ def _axes_of(targets: Mapping[str, Target]) -> dict[str, Axes]:
 
 def _check_weights(leaves: dict[str, Any]) -> None:
     for path, leaf in leaves.items():
-        bad = int(_not_finite(held(leaf)))
-        if bad:
+        if bad := _count_not_finite(held(leaf)):
             raise NonFiniteError(f"{path}: {bad} of {leaf.size} weights are NaN or infinite; nothing was quantized")
+
+
+def _count_not_finite(leaf: Any) -> int:
+    """How many entries are NaN or infinite: none if a sum of squares, at the speed of memory, is finite."""
+    if leaf.dtype not in (np.float32, np.float64) or not memory.in_host_memory(leaf):
+        return int(_not_finite(leaf))
+    flat = np.asarray(leaf).ravel()
+    with np.errstate(all="ignore"):
+        return 0 if np.isfinite(np.dot(flat, flat)) else int(np.sum(~np.isfinite(flat)))
 
 
 @jax.jit
@@ -182,12 +193,16 @@ def _axes_alone(target: Target) -> tuple[Axes]:
     return ((target.contracted, target.batch),)
 
 
-def _compile_together(method: Method, weights: list[tuple[Target, Any]]) -> None:
-    """Compiles what `_solve_whole` will run, several programs at a time."""
-    first = {(t.format, _axes_alone(t), w.shape, str(w.dtype)): w for t, w in weights}
-    lowered = [_solved.lower(method, *key[:2], [w], None) for key, w in first.items()]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda program: program.compile(), lowered))
+def _compiling(
+    pool: ThreadPoolExecutor, method: Method, targets: dict[str, Target], params: Any
+) -> list[Future[Any]]:
+    """The programs that `_solve_whole` will run; others threads compile them, while the first is still traced here."""
+    first = {}
+    for path, leaf in flatten_with_paths(params)[0]:
+        if path in targets:
+            w, target = held(leaf), targets[path]
+            first[target.format, _axes_alone(target), w.shape, str(w.dtype)] = w
+    return [pool.submit(_solved.lower(method, *key[:2], [w], None).compile) for key, w in first.items()]
 
 
 def _solve_whole(w: Any, target: Target, method: Method) -> QTensor:

@@ -314,6 +314,19 @@ def test_bad_input_is_refused_before_any_work():
         jq.quantize(model, {**p, "bias": p["bias"].at[0].set(jnp.inf)}, jq.INT4, jq.gptq(), [jnp.ones((8, 8))])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("bad", [(), (np.nan,), (np.inf, -np.inf), (np.nan, np.inf, 1e38)])
+def test_what_is_not_finite_is_counted(dtype, bad):
+    """Exactly, also beside numbers whose squares are too large; in numpy's arrays and in JAX's."""
+    a = np.full((4, 5), 3e38 if dtype != "float64" else 1e300).astype(jnp.dtype(dtype))
+    a.ravel()[: len(bad)] = bad
+    want = sum(not np.isfinite(x) for x in bad)
+    count = importlib.import_module("jquant.quantize")._count_not_finite
+    assert count(a) == count(np.asarray(a, order="F")) == want
+    if dtype != "float64":
+        assert count(jnp.asarray(a)) == count(jnp.zeros_like(jnp.asarray(a)).at[:].set(a)) == want
+
+
 def test_what_stays_in_float_is_said():
     model = lambda p, x: x @ (p["w"] * 2) + x @ p["v"]
     p = {"w": normal(0, 8, 4), "v": normal(1, 8, 4)}

@@ -5,6 +5,9 @@ import functools
 import sys
 from typing import Any
 
+import jax
+import numpy as np
+
 
 @functools.cache
 def _libc() -> Any:
@@ -21,3 +24,10 @@ def give_back() -> None:
     """Returns what glibc's heaps hold free to the system; elsewhere nothing happens."""
     if (libc := _libc()) is not None:
         libc.malloc_trim(0)
+
+
+def in_host_memory(a: Any) -> bool:
+    """Whether NumPy reads an array where it lies."""
+    if isinstance(a, np.ndarray):
+        return True
+    return isinstance(a, jax.Array) and [d.platform for d in a.devices()] == ["cpu"]

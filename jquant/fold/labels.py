@@ -41,7 +41,7 @@ class Labels:
         differ = a != b
         if not differ.any():
             return
-        pairs = np.unique(np.stack([a[differ], b[differ]]), axis=1)
+        pairs = _unique_pairs(a[differ], b[differ])
         nodes, ends = np.unique(pairs, return_inverse=True)
         ends = ends.reshape(2, -1)
         graph = coo_matrix((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(len(nodes), len(nodes)))
@@ -62,9 +62,17 @@ class Labels:
     def note(self, labels: np.ndarray, key: np.ndarray, where: int) -> None:
         """Marks classes: at the place `where` (a number), entry by entry with a key that broadcasts."""
         labels, key = np.broadcast_arrays(self.root[labels], key)
-        pairs = np.unique(np.stack([labels.ravel(), key.ravel()]), axis=1)
+        pairs = _unique_pairs(labels.ravel(), key.ravel())
         marks = _hash(pairs[1].astype(np.uint64), np.uint64(where))
         np.add.at(self.mark, pairs[0], marks)  # a sum: the order of what happened does not count
+
+
+def _unique_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The columns of `[a, b]`, none of which is negative, each once, in order; int64 `[2, count]`."""
+    width = int(b.max(initial=0)) + 1
+    if (int(a.max(initial=0)) + 1) * width < 2**63:  # as one number: sorting pairs takes several times as long
+        return np.stack(np.divmod(np.unique(a * width + b), width))
+    return np.unique(np.stack([a, b]), axis=1)
 
 
 def _hash(key: np.ndarray, where: np.uint64) -> np.ndarray:

@@ -90,7 +90,25 @@ def _product(params: Any, a: Any, b: Any) -> Any:
     lead = [a.shape[d] for d in ba]
     left = a.transpose([*ba, *fa, *ca]).reshape(*lead, size(a, fa), size(a, ca))
     right = b.transpose([*bb, *cb, *fb]).reshape(*lead, size(b, cb), size(b, fb))
-    return np.matmul(left, right).reshape([*lead, *[a.shape[d] for d in fa], *[b.shape[d] for d in fb]])
+    return _matmul(left, right).reshape([*lead, *[a.shape[d] for d in fa], *[b.shape[d] for d in fb]])
+
+
+_ALONE, _SMALL = 2**18, 2**26  # terms of a product: OpenBLAS starts no thread; waiting for one costs more than it does
+
+
+def _matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A product of floats; one of few rows in parts for which OpenBLAS starts no thread, so that others can run."""
+    rows, n = a.shape[-2:]
+    terms = rows * n * b.shape[-1]
+    if a.ndim > 2 or not _ALONE < terms <= _SMALL or rows * 64 * 8 > _ALONE:
+        return np.matmul(a, b)
+    if rows * n * 8 > _ALONE:
+        return _matmul(a[:, : n // 2], b[: n // 2]) + _matmul(a[:, n // 2 :], b[n // 2 :])
+    width = _ALONE // (rows * n)
+    if last := b.shape[1] % width:
+        return np.concatenate([_matmul(a, b[:, :-last]), np.matmul(a, b[:, -last:])], axis=1)
+    parts = np.matmul(a, b.reshape(n, -1, width).transpose(1, 0, 2))
+    return parts.transpose(1, 0, 2).reshape(rows, -1)
 
 
 def _looked_up(params: Any, x: Any, indices: Any) -> Any:

@@ -1,5 +1,6 @@
 """`Program`: what a fold reads of a function, and the proof that a change of its parameters changes nothing else."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -13,12 +14,14 @@ from jquant.core.errors import JQuantWarning
 from jquant.core.paths import flatten_with_paths
 from jquant.core.per_use import PerUse, held, holding, is_per_use
 from jquant.fold import arrays
+from jquant.fold.ahead import ahead
 from jquant.fold.flow import Flow
 from jquant.fold.info import Fold, Role
 from jquant.fold.rotations import classes_of
-from jquant.fold.wide import cut_leaf, run_wide
+from jquant.fold.wide import cut_leaf, made_in_parts, run_together
 from jquant.trace.function import call_args, split_arrays, trace_call
 from jquant.trace.line import Line
+from jquant.trace.view import Ref
 
 Cuts = Sequence[tuple[int, ...]]
 TOLERANCE = 1e-9
@@ -123,7 +126,10 @@ def _wide(leaf: Any) -> Any:
 
 def _same(after: Any, before: Any) -> bool:
     """Whether a change is none; one that is traced is one."""
-    return after is before or (not isinstance(after, jax.Array) and np.array_equal(after, before))
+    if after is before or isinstance(after, jax.Array):
+        return after is before
+    some = (..., slice(1))  # most changes show at once
+    return np.array_equal(after[some], before[some]) and np.array_equal(after, before)
 
 
 def _cut(flow: Flow, role: Role, side: str, cuts: Cuts) -> np.ndarray | None:
@@ -217,7 +223,7 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
 
     All at once where that holds; else halves, and so on. Costs two runs of a few tokens, more only where one fails.
     """
-    before = run_wide(program.small, lambda p, cuts: cut_leaf(program.leaves[p], cuts), program.arrays)
+    before: list[np.ndarray] | None = None
     good: list[Any] = []
     bad: list[Refused] = []
     made: dict[str, Any] = {}
@@ -225,7 +231,7 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
     while parts:  # no function that calls itself: that would hold the parameters until the next garbage collection
         part = parts.pop(0)
         made.clear()
-        why = _difference(program, make([*good, *part]), before, made)
+        before, why = _difference(program, make([*good, *part]), before, made)
         if not why:
             good.extend(part)
         elif len(part) == 1:
@@ -236,24 +242,43 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
 
 
 def _difference(
-    program: Program, folds: Sequence[Fold], before: list[np.ndarray], made: dict[str, Any]
-) -> str:  # fmt: skip
-    """Why folds are none, or "". Leaves that are changed as a whole, at a cost, are put into `made`."""
+    program: Program, folds: Sequence[Fold], before: list[np.ndarray] | None, made: dict[str, Any]
+) -> tuple[list[np.ndarray], str]:
+    """The outputs without folds (`before`, if they are known), and why the folds change them, or "".
 
+    Leaves that are changed as a whole, at a cost, are put into `made`.
+    """
     costly = not all(fold.diagonal for fold in folds)
+    refs = (a for i in program.small.instrs for a in i.args if isinstance(a, Ref))
+    keys = [(a.path, a.value.cuts) for a in refs if not made_in_parts(a)]
 
-    def changed(path: str, cuts: Cuts) -> Any:
-        leaf = program.leaves[path]
-        wide = cut_leaf(leaf, cuts)
-        done = edit(folds, path, wide, cuts)
-        if not cuts and done is not wide and path not in made and costly:
-            made[path] = _finished(leaf, wide, done)
-        return done
+    def pair(path: str, cuts: Cuts) -> tuple[Any, Any]:
+        wide = cut_leaf(program.leaves[path], cuts)
+        try:
+            return wide, edit(folds, path, wide, cuts)
+        except ValueError as e:
+            return wide, e
 
-    try:
-        after = run_wide(program.small, changed, program.arrays)
-    except ValueError as e:
-        return str(e)
+    with ahead(pair, keys, lambda key: math.prod(program.small.params[key[0]].shape)) as made_ahead:
+
+        def changed(path: str, cuts: Cuts) -> Any:
+            wide, done = made_ahead(path, cuts)
+            if isinstance(done, ValueError):
+                raise done
+            if not cuts and done is not wide and path not in made and costly:
+                made[path] = _finished(program.leaves[path], wide, done)
+            return done
+
+        runs = [changed] if before is not None else [lambda path, cuts: made_ahead(path, cuts)[0], changed]
+        *first, after = run_together(program.small, runs, program.arrays)
+    found = first[0] if before is None else before
+    if isinstance(found, ValueError):
+        raise found
+    return found, str(after) if isinstance(after, ValueError) else _first_change(found, after)
+
+
+def _first_change(before: list[np.ndarray], after: list[np.ndarray]) -> str:
+    """What is not the same in the outputs, or ""."""
     for a, b in zip(before, after, strict=True):
         if not jnp.issubdtype(a.dtype, jnp.floating):
             if not np.array_equal(a, b):
@@ -309,7 +334,10 @@ def _finished(leaf: Any, inner: Any, done: Any) -> Any:
 
 
 def _narrowed(a: Any, dtype: Any) -> jax.Array:
-    return jnp.asarray(a if isinstance(a, jax.Array) else np.asarray(a), dtype)
+    if isinstance(a, jax.Array):
+        return jnp.asarray(a, dtype)
+    a = np.asarray(a)
+    return jnp.asarray(a.astype(dtype) if dtype == np.float32 else a, dtype)  # numpy is the faster one here
 
 
 def warn_refused(name: str, refused: list[Refused], tell: Callable[[Any], str]) -> None:

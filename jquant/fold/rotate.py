@@ -11,7 +11,7 @@ from jquant.core.method import Folding, Method
 from jquant.core.paths import flatten_with_paths
 from jquant.core.text import call
 from jquant.fold.flow import Flow
-from jquant.fold.hadamard import random_rotation
+from jquant.fold.hadamard import Factored, random_factors, random_rotation
 from jquant.fold.info import Fold, Role
 from jquant.fold.program import Program, apply_fold, edit, prove, read_program, warn_refused
 from jquant.fold.rotations import Block, find_rotations, rotate_array
@@ -41,16 +41,27 @@ def rotate(seed: int = 0, *, stream: bool = True, heads: bool = True) -> Method:
     """
 
     def fold(job: Folding) -> Any:
-        matrix_of = partial(start_matrix, seed)
+        matrix_of = partial(start_factors, seed)
         return rotated(begun(job, "rotate", matrix_of, stream, heads), matrix_of)
 
     return Method(call("rotate", seed=(seed, 0), stream=(stream, True), heads=(heads, True)), None, folds=(fold,))
 
 
+Matrix = np.ndarray | Factored
+
+
 def start_matrix(seed: int, block: Block) -> np.ndarray:
     """The random rotation of a block, float64 `[size, size]`."""
-    rng = np.random.default_rng([seed, int(block.labels[0])])
-    return random_rotation(len(block.labels), rng, block.ones)
+    return random_rotation(len(block.labels), _rng(seed, block), block.ones)
+
+
+def start_factors(seed: int, block: Block) -> Matrix:
+    """The same as factors, where it has some."""
+    return start_matrix(seed, block) if block.ones else random_factors(len(block.labels), _rng(seed, block))
+
+
+def _rng(seed: int, block: Block) -> np.random.Generator:
+    return np.random.default_rng([seed, int(block.labels[0])])
 
 
 class Gain(NamedTuple):
@@ -98,7 +109,7 @@ def find_blocks(job: Folding, name: str, stream: bool, heads: bool) -> Ready:
     return Ready(job.params, program, scales, gains, found.flow, blocks)
 
 
-def begun(job: Folding, name: str, matrix_of: Callable[[Block], np.ndarray], stream: bool, heads: bool) -> Ready:
+def begun(job: Folding, name: str, matrix_of: Callable[[Block], Matrix], stream: bool, heads: bool) -> Ready:
     """What can be rotated, and is proven with these matrices."""
     ready = proven(find_blocks(job, name, stream, heads), name, matrix_of)
     if stream and not any(b.norm for b in ready.blocks):
@@ -106,7 +117,7 @@ def begun(job: Folding, name: str, matrix_of: Callable[[Block], np.ndarray], str
     return ready
 
 
-def proven(ready: Ready, name: str, matrix_of: Callable[[Block], np.ndarray]) -> Ready:
+def proven(ready: Ready, name: str, matrix_of: Callable[[Block], Matrix]) -> Ready:
     """With those gains and blocks whose folds are proven to change no output; a warning for each other."""
 
     def make(items: list[Any]) -> tuple[Fold, ...]:
@@ -159,7 +170,7 @@ def rotation(flow: Flow, chosen: list[Block], matrix_of: Callable[[Block], Any])
     return Fold(flow, False, change)
 
 
-def rotated(ready: Ready, matrix_of: Callable[[Block], np.ndarray]) -> Any:
+def rotated(ready: Ready, matrix_of: Callable[[Block], Matrix]) -> Any:
     """The parameters after the folds of the gains and of the blocks, proven with these matrices."""
     return apply_fold(folds_of(ready, matrix_of), ready.params, ready.made)
 

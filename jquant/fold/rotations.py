@@ -7,6 +7,7 @@ matrix maps the vector of ones to itself; then a number added to all channels is
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 
 from jquant.core import kept
 from jquant.fold.flow import Flow
+from jquant.fold.hadamard import Factored, turn_rows
 from jquant.fold.info import Info, Role, Rule, aligned, together, varies
 from jquant.fold.scales import Shapes, contracted_product
 from jquant.trace.line import Line
@@ -231,7 +233,9 @@ def find_rotations(line: Line, leaves: dict[str, Any]) -> Rotations:
     _note_places(flow)
     order = np.argsort(labels.mark[roots], kind="stable")
     marks = labels.mark[roots][order]
-    groups = np.split(roots[order], np.flatnonzero(np.diff(marks.astype(np.int64)) != 0) + 1)
+    ends = [*np.flatnonzero(marks[1:] != marks[:-1]) + 1, len(marks)]
+    sorted_roots = roots[order]
+    groups = [sorted_roots[i:j] for i, j in pairwise([0, *ends]) if j - i > 1]
     member = np.zeros(len(labels.root), np.int64)  # the number of each class's block
     for number, group in enumerate(groups, 1):
         member[group] = number
@@ -246,7 +250,7 @@ def find_rotations(line: Line, leaves: dict[str, Any]) -> Rotations:
     blocks = [
         Block(np.sort(group), n in ones, n in norm, tuple(made[n]), tuple(read[n]))
         for n, group in enumerate(groups, 1)
-        if len(group) > 1 and read[n] and made[n]
+        if read[n] and made[n]
     ]
     return Rotations(flow, sorted(blocks, key=lambda b: b.labels[0]))
 
@@ -312,8 +316,8 @@ def rotate_array(a: Any, classes: np.ndarray, blocks: list[Block], matrix: Calla
     Args:
       a: float64; a `jax.Array` if the matrices are.
       classes, blocks: as for `find_places`.
-      matrix: the number of a block -> its orthogonal matrix R; the channels, a row vector v, become v R. With matrices
-        that are a `jax.Array` so is the result, in their dtype, with a derivative.
+      matrix: the number of a block -> its orthogonal matrix R, float64 or `Factored`; the channels, a row vector v,
+        become v R. With matrices that are a `jax.Array` so is the result, in their dtype, with a derivative.
 
     Raises:
       ValueError: some channels of a block are not there as often as the others.
@@ -332,12 +336,17 @@ def rotate_places(a: Any, where: Places, matrix: Callable[[int], Any]) -> Any:
     return flat.reshape(moved.shape).transpose([int(i) for i in np.argsort(where.order)])
 
 
-def _turned_here(flat: np.ndarray, parts: list[np.ndarray], matrices: list[np.ndarray]) -> np.ndarray:
+def _turned_here(flat: np.ndarray, parts: list[np.ndarray], matrices: list[np.ndarray | Factored]) -> np.ndarray:
     rows = flat.reshape(-1, flat.shape[-1])
     out = np.empty_like(rows) if sum(index.size for index in parts) == rows.shape[1] else rows.copy()
     for index, matrix in zip(parts, matrices, strict=True):
         for at in map(_run, index):  # one product of matrices for each copy: many small ones are slow
-            out[:, at] = rows[:, at] @ matrix
+            if isinstance(matrix, Factored):
+                turn_rows(rows[:, at], matrix, turned := out[:, at])
+                if not isinstance(at, slice):
+                    out[:, at] = turned
+            else:
+                out[:, at] = rows[:, at] @ matrix
     return out.reshape(flat.shape)
 
 

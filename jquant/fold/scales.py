@@ -176,10 +176,10 @@ def scaling(flow: Flow, scale: np.ndarray) -> Fold:
     """The fold that multiplies the channels of each class by `scale` `[labels]`, 1 for label 0."""
 
     def change(a: np.ndarray, outs: np.ndarray | None, ins: np.ndarray | None) -> np.ndarray:
-        if outs is not None and outs.any():
-            a = a * scale[outs]
-        if ins is not None and ins.any():
-            a = a / scale[ins]
+        if outs is not None and ((by := scale[outs]) != 1).any():
+            a = a * by
+        if ins is not None and ((by := scale[ins]) != 1).any():
+            a = a / by
         return a
 
     return Fold(flow, True, change)

@@ -18,7 +18,7 @@ import numpy as np
 
 from jquant.core import kept, memory
 from jquant.core.per_use import PerUse, held
-from jquant.fold import numbers
+from jquant.fold import arrays, numbers
 from jquant.trace import compat, interpreter, view
 from jquant.trace.line import Line, Sym
 from jquant.trace.view import Ref
@@ -36,30 +36,61 @@ def run_wide(line: Line, leaf: Leaf, arrays: Sequence[Any]) -> list[np.ndarray]:
       arrays: what it takes after the parameters.
     """
     with jax.enable_x64(True):
-        env: dict[Sym, Any] = {s: _widen(a) for s, a in zip(line.arrays, arrays, strict=True)}
-        env.update({s: _widen(a) for s, a in line.consts.items()})
-        left = Counter(a for instr in line.instrs for a in instr.args if isinstance(a, Sym))
-        left.update(a for a in line.outputs if isinstance(a, Sym))
-        read = 0
-        for instr in line.instrs:
-            read += sum(math.prod(a.value.shape) for a in instr.args if isinstance(a, Ref))
-            if read > _LARGE:  # what was made of parameters lies about in the heap
-                memory.give_back()
-                read = 0
-            for out, value in zip(instr.outs, _instr(instr, env, leaf), strict=True):
-                env[out] = value
-            for a in instr.args:
-                if isinstance(a, Sym):
-                    left[a] -= 1
-                    if not left[a]:
-                        del env[a]
-        outs = [_value(a, env, leaf) for a in line.outputs]
-        return [np.asarray(o.array() if isinstance(o, Ref) else o) for o in outs]
+        run = _steps(line, leaf, arrays)
+        while (outs := next(run)) is None:
+            pass
+        return outs
+
+
+def run_together(
+    line: Line, leaves: Sequence[Leaf], arrays: Sequence[Any]
+) -> list[list[np.ndarray] | ValueError]:
+    """`run_wide` of several sets of leaves, instruction by instruction: what one reads can be what the last has read.
+
+    A set of leaves that raises a ValueError ends its run, and has it in the place of outputs.
+    """
+    runs = [_steps(line, leaf, arrays) for leaf in leaves]
+    outs: list[Any] = [None] * len(runs)
+    with jax.enable_x64(True):
+        while any(o is None for o in outs):
+            for i, run in enumerate(runs):
+                if outs[i] is None:
+                    try:
+                        outs[i] = next(run)
+                    except ValueError as e:
+                        outs[i] = e
+    return outs
+
+
+def _steps(line: Line, leaf: Leaf, arrays: Sequence[Any]) -> Iterator[list[np.ndarray] | None]:
+    """Runs one instruction after the other, giving None; at last the outputs."""
+    env: dict[Sym, Any] = {s: _widen(a) for s, a in zip(line.arrays, arrays, strict=True)}
+    env.update({s: _widen(a) for s, a in line.consts.items()})
+    left = Counter(a for instr in line.instrs for a in instr.args if isinstance(a, Sym))
+    left.update(a for a in line.outputs if isinstance(a, Sym))
+    read = 0
+    for instr in line.instrs:
+        read += sum(math.prod(a.value.shape) for a in instr.args if isinstance(a, Ref))
+        if read > _READ:  # what was made of parameters lies about in the heap
+            memory.give_back()
+            read = 0
+        for out, value in zip(instr.outs, _instr(instr, env, leaf), strict=True):
+            env[out] = value
+        for a in instr.args:
+            if isinstance(a, Sym):
+                left[a] -= 1
+                if not left[a]:
+                    del env[a]
+        yield None
+    outs = [_value(a, env, leaf) for a in line.outputs]
+    yield [np.asarray(o.array() if isinstance(o, Ref) else o) for o in outs]
 
 
 def cut_leaf(leaf: Any, cuts: Sequence[tuple[int, ...]]) -> Any:
     """A leaf, cut; floats in float64."""
-    inner = kept.apply_cuts(held(leaf), tuple(cuts))
+    inner = held(leaf)
+    here = memory.in_host_memory(inner)  # then a cut is no copy
+    inner = arrays.cut(np.asarray(inner), cuts) if here else kept.apply_cuts(inner, tuple(cuts))
     inner = inner.dequantize() if hasattr(inner, "dequantize") else inner
     maps = {
         k: np.asarray(getattr(leaf, k), np.float64) for k in ("lookup", "product") if getattr(leaf, k, None) is not None
@@ -105,7 +136,7 @@ _READER: Any = _Reader()
 
 
 def _instr(instr: Any, env: dict[Sym, Any], leaf: Leaf) -> list[Any]:
-    if any(isinstance(a, Ref) and math.prod(a.value.shape) > _LARGE for a in instr.args):
+    if any(isinstance(a, Ref) and made_in_parts(a) for a in instr.args):
         args = [a if isinstance(a, Ref) else _value(a, env, leaf) for a in instr.args]
         if (out := _in_parts(instr.eqn, args, leaf)) is not None:
             return [out]
@@ -115,6 +146,12 @@ def _instr(instr: Any, env: dict[Sym, Any], leaf: Leaf) -> list[Any]:
     return _eqn(instr.eqn, values)
 
 
+def made_in_parts(ref: Ref) -> bool:
+    """Whether a leaf is too large to be made as a whole where parts will do."""
+    return math.prod(ref.value.shape) > _LARGE
+
+
+_READ = 2**25  # entries of leaves after which memory is given back: that takes time
 _LARGE, _PART = 2**23, 2**22  # entries of a leaf that is made in parts, and of such a part
 
 

@@ -21,18 +21,18 @@ Apply = Callable[..., Any]
 
 
 class Context(NamedTuple):
-    """What all layers share, computed once.
+    """What all layers of one window share, computed once.
 
     Attributes:
       cos, sin: rope tables, [L, D / 2], or [B, L, D / 2] with a cache.
-      masks: without a cache, for each window bool [L, L], True where a query sees a key.
+      mask: without a cache, bool [L, L], True where a query sees a key.
       positions: with a cache, int32 [B, L], those of the tokens.
       counts: with a cache, int32 [B], how many of the tokens each row takes, or None for all.
     """
 
     cos: jax.Array
     sin: jax.Array
-    masks: dict[int | None, jax.Array]
+    mask: jax.Array | None
     positions: jax.Array | None
     counts: jax.Array | None
 
@@ -68,7 +68,8 @@ class Attention(nn.Module):
         if self.moments_behind is not None:
             self.sow("moments", "sums", _moments(q[:, self.moments_behind :], k[:, self.moments_behind :]))
         if entry is None:
-            out = causal_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), context.masks[self.window])
+            assert context.mask is not None
+            out = causal_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), context.mask)
         else:
             entry = kv_cache.append(entry, k, v, context.counts)
             out = kv_cache.attend(q, entry, positions=context.positions, window=self.window)
@@ -96,13 +97,13 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     config: Config
-    index: int
+    window: int | None
     moments_behind: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, entry: Any) -> tuple[jax.Array, Any]:
         c = self.config
-        attention = Attention(c, c.window(self.index), self.moments_behind, name="attention")
+        attention = Attention(c, self.window, self.moments_behind, name="attention")
         out, entry = attention(RMSNorm(c.rms_norm_eps, name="attention_norm")(x), context, entry)
         x = x + out
         return x + MLP(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)), entry
@@ -115,11 +116,12 @@ class Layers(nn.Module):
     moments_behind: int | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Context, entries: Any) -> tuple[jax.Array, Any]:
-        new = {}
-        for i in range(self.config.num_layers):
-            entry = None if entries is None else entries[str(i)]
-            x, new[str(i)] = Layer(self.config, i, self.moments_behind, name=str(i))(x, context, entry)
+    def __call__(self, x: jax.Array, contexts: dict[int | None, Context], entries: Any) -> tuple[jax.Array, Any]:
+        c, new = self.config, {}
+        layer = nn.jit(Layer)  # traced once for all that are alike; a new one each time: no trace outlives a call
+        for i in range(c.num_layers):
+            entry, window = None if entries is None else entries[str(i)], c.window(i)
+            x, new[str(i)] = layer(c, window, self.moments_behind, name=str(i))(x, contexts[window], entry)
         return x, new
 
 
@@ -137,9 +139,9 @@ class Decoder(nn.Module):
     ) -> Any:
         c = self.config
         embed = nn.Embed(c.vocab_size, c.hidden_size, name="embed")
-        context = _context(c, tokens.shape[1], cache, counts)
+        contexts = _contexts(c, tokens.shape[1], cache, counts)
         layers = Layers(c, self.moments_behind, name="layers")
-        x, entries = layers(embed(tokens), context, None if cache is None else cache["layers"])
+        x, entries = layers(embed(tokens), contexts, None if cache is None else cache["layers"])
         if logits_at is not None:
             each = jnp.ndim(logits_at) == 2
             x = jnp.take_along_axis(x, (logits_at % x.shape[1])[..., None], axis=1) if each else x[:, logits_at]
@@ -151,15 +153,17 @@ class Decoder(nn.Module):
         return logits, {"length": entries["0"].length, "layers": entries}
 
 
-def _context(config: Config, length: int, cache: Any, counts: jax.Array | None) -> Context:
+def _contexts(config: Config, length: int, cache: Any, counts: jax.Array | None) -> dict[int | None, Context]:
+    """The context of each window."""
+    windows = {config.window(i) for i in range(config.num_layers)}
     offsets = jnp.arange(length, dtype=jnp.int32)
     table = lambda at, end: rope_table(config.rope, config.head_dim, at, config.max_position_embeddings, end)
     if cache is None:
-        windows = {config.window(i) for i in range(config.num_layers)}
-        return Context(*table(offsets, length), {w: _mask(offsets, w) for w in windows}, None, None)
+        tables = table(offsets, length)
+        return {w: Context(*tables, _mask(offsets, w), None, None) for w in windows}
     positions = cache["length"][:, None] + offsets
     end = cache["length"] + (length if counts is None else counts)
-    return Context(*table(positions, end), {}, positions, counts)
+    return dict.fromkeys(windows, Context(*table(positions, end), None, positions, counts))
 
 
 def _mask(at: jax.Array, window: int | None) -> jax.Array:

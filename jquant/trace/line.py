@@ -71,11 +71,13 @@ class Line:
         self.consts: dict[Sym, Any] = {}
         self._known: dict[Any, list[Any]] = {}
         self._alive: list[Any] = []
+        self._keys: dict[int, Any] = {}
         leaves = [compat.abstract(jnp.asarray(v) if isinstance(v, int | float) else v) for v in traced.leaves]
         self.params = {p: kept.Later(tuple(v.shape), v.dtype) for p, v in zip(traced.paths, leaves, strict=True)}
         self.arrays = [Sym(compat.abstract(a), False) for a in traced.arrays]
         refs = [view.new_ref(p, v) for p, v in self.params.items()]
         self.outputs = self._run(traced.jaxpr, [*refs, *self.arrays])
+        self._keys.clear()  # an id is an equation's while the trace lives
 
     def _run(self, jaxpr: compat.Closed, args: Sequence[Any]) -> list[Any]:
         env: dict[Any, Any] = {v: self._const(c) for v, c in zip(jaxpr.constvars, jaxpr.consts, strict=True)}
@@ -112,7 +114,8 @@ class Line:
         return self._record(eqn, args)
 
     def _record(self, eqn: compat.JaxprEqn, args: list[Any]) -> list[Any]:
-        key = compat.eqn_key(eqn)
+        if (key := self._keys.get(id(eqn))) is None:  # layers that are alike share their equations
+            key = self._keys[id(eqn)] = compat.eqn_key(eqn)
         same = (key, *map(id, args)) if eqn.primitive.name in SAME_DATA else None
         if same in self._known:
             return self._known[same]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jquant.fold.hadamard import hadamard, random_rotation
+from jquant.fold.hadamard import hadamard, random_factors, random_rotation, turn_rows
 
 
 @pytest.mark.parametrize("n", [1, 2, *range(4, 52, 4), *range(56, 92, 4), 128, 288, 576, 768, 1536])
@@ -40,3 +40,29 @@ def test_where_there_is_a_hadamard_matrix_every_entry_is_as_small_as_can_be(n, l
 def test_one_that_keeps_ones_spreads_too():
     r = random_rotation(768, np.random.default_rng(0), ones=True)
     assert np.max(np.abs(r)) < 0.25
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from([1, 2, 3, 6, 9, 12, 40, 64, 72, 96, 288, 576, 960]), st.integers(0, 130), st.booleans(),
+    st.integers(0, 5),
+)  # fmt: skip
+def test_factors_turn_rows_as_the_whole_matrix_does(n, count, columns, seed):
+    """rows @ R in float64, whether rows lie as rows or as columns in memory, into a part of another array."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(n, count)).T if columns else rng.normal(size=(count, n))
+    factors, dense = (make(n, np.random.default_rng(seed)) for make in (random_factors, random_rotation))
+    want = rows @ dense
+    alone, inside = np.full_like(rows, np.nan), np.zeros((count + 1, n + 2))
+    turn_rows(rows, factors, alone)
+    turn_rows(rows, factors, inside[1:, 1:-1])
+    np.testing.assert_allclose(alone, want, rtol=0, atol=1e-13 * max(1, np.abs(want).max(initial=0)) * 10)
+    np.testing.assert_array_equal(inside[1:, 1:-1], alone)
+    assert not inside[0].any() and not inside[:, 0].any() and not inside[:, -1].any()
+
+
+@pytest.mark.parametrize("n", [6, 64, 576, 960])
+def test_the_matrix_is_its_factors(n):
+    """To the last bit: what is drawn for a seed does not depend on the form that is asked for."""
+    signs, left, right = random_factors(n, np.random.default_rng(3))
+    np.testing.assert_array_equal(signs[:, None] * np.kron(left, right), random_rotation(n, np.random.default_rng(3)))

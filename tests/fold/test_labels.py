@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from jquant.core import kept
 from jquant.fold import arrays
-from jquant.fold.labels import Labels
+from jquant.fold.labels import Labels, _unique_pairs
 from jquant.trace import view
 
 
@@ -75,3 +75,11 @@ def test_labels_follow_a_view_of_a_leaf():
     cuts = ((-3, 1, 1), (-3,), (-1, 2, 2))
     np.testing.assert_array_equal(arrays.cut(w, cuts), w[1, :, 2:4])
     np.testing.assert_array_equal(arrays.cut(w[:1], cuts), w[0, :, 2:4])
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=20), st.sampled_from([1, 2**33]))
+def test_unique_pairs_are_the_set_in_order(pairs, large):
+    """Also where two numbers do not go into one."""
+    a, b = (np.array([p[i] for p in pairs], np.int64) * large for i in (0, 1))
+    got = _unique_pairs(a, b)
+    assert list(map(tuple, got.T.tolist())) == sorted({(i * large, j * large) for i, j in pairs})

@@ -151,3 +151,14 @@ def test_a_proof_makes_what_is_applied(name):
     assert jax.tree.structure(plain) == jax.tree.structure(quick)
     assert all(map(np.array_equal, jax.tree.leaves(plain), jax.tree.leaves(quick)))
     assert not prove(ready.program, lambda items: folds, []).made
+
+
+@pytest.mark.parametrize(
+    "rows, n, columns", [(32, 576, 1537), (32, 1536, 100), (3, 5000, 50), (1, 7, 5), (400, 90, 80)]
+)
+def test_a_product_in_parts_is_the_product(rows, n, columns):
+    """Few rows or many, a width that parts divide or not, a matrix as it lies or transposed."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(rows, n)), rng.normal(size=(n, columns))
+    for right in (b, np.asfortranarray(b)):
+        np.testing.assert_allclose(numbers._matmul(a, right), a @ b, rtol=0, atol=1e-13 * n)

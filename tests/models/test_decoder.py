@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,21 @@ def test_paths_are_the_promised_ones():
     assert "lm_head/kernel" not in param_shapes(CONFIGS["qwen2"])
 
 
+def test_layers_that_are_alike_are_traced_once(monkeypatch):
+    """One trace for each window, however many layers; and a new one each time, whatever held for the last."""
+    from jquant.models import decoder
+
+    traced: list[int | None] = []
+    whole = decoder.MLP.__call__
+    monkeypatch.setattr(decoder.MLP, "__call__", lambda self, x: traced.append(0) or whole(self, x))
+    config = dataclasses.replace(BASE, num_layers=6, sliding_window=3, sliding_layers=(1, 4))
+    model, tokens = build(config), jax.ShapeDtypeStruct((1, 5), jnp.int32)
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    for times in (1, 2):
+        jax.eval_shape(lambda p, t: model(p, t), params, tokens)
+        assert len(traced) == 2 * times
+
+
 def test_init_dtype_and_seed():
     params = init(BASE, jax.random.key(0), "bfloat16")
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
@@ -231,7 +247,13 @@ def test_a_decode_step_for_a_gpu_has_one_kernel_for_the_cache_of_each_layer():
     def kernels(tokens, platform="cuda"):
         step = jax.jit(lambda params, tokens, cache: apply(params, tokens, cache=cache))
         text = step.trace(params, tokens, cache).lower(lowering_platforms=(platform,)).as_text()
-        return text.count("__gpu$xla.gpu.triton")
+        bodies = dict(re.findall(r"func\.func \w+ @(\w+)(.*?)\n  }\n", text, re.DOTALL))
+
+        def run(name):  # layers that are alike are one function, called for each
+            calls = re.findall(r"call @(\w+)\(", bodies[name])
+            return bodies[name].count("__gpu$xla.gpu.triton") + sum(run(c) for c in calls if c in bodies)
+
+        return run("main")
 
     assert kernels(tokens[:, :1]) == config.num_layers
     assert kernels(tokens[:, :1], "cpu") == 0
