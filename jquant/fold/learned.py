@@ -14,13 +14,14 @@ from jquant.core.errors import JQuantWarning
 from jquant.core.method import Folding, Method
 from jquant.core.text import call
 from jquant.fold import cayley, objectives
+from jquant.fold.network import network
 from jquant.fold.objectives import Objective, Stacks, Turns, group_blocks
 from jquant.fold.rotate import Ready, begun, proven, rotated, start_matrix, without_gains
 from jquant.fold.rotations import Block
 from jquant.progress import Progress
 
 _OBJECTIVES: dict[str, Callable[[Folding, Ready, Turns], Objective]] = {
-    "network": objectives.network, "layers": objectives.layers,
+    "network": network, "layers": objectives.layers,
 }  # fmt: skip
 _STEPS = {"network": 20, "layers": 60}
 _BATCH = {"network": 1, "layers": 8}
@@ -92,8 +93,10 @@ def learned_rotation(
         ready = begun(job, "learned_rotation", start, stream, heads)
         if not (ready.blocks and steps):
             return rotated(ready, start)
+        ready = ready._replace(made={})  # as large as what is turned, and made for the start
         ready = without_gains(ready)
         job = job._replace(box=[ready.params])  # nothing holds the old ones
+        memory.give_back()
         turns = group_blocks(ready.blocks)
         learned = learn(_OBJECTIVES[objective](job, ready, turns), turns, how)
         memory.give_back()

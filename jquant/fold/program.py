@@ -94,13 +94,13 @@ def edit(folds: Sequence[Fold], path: str, leaf: Any, cuts: Cuts = ()) -> Any:
     return leaf
 
 
-def _changes(fold: Fold, path: str) -> list[Role]:
-    """The ways in which a leaf is read, if the fold may change it."""
-    return [] if path in fold.flow.fixed else [r for r in fold.flow.outs if r.path == path]
+def roles_of(flow: Flow, path: str) -> list[Role]:
+    """The ways in which a leaf is read, if a fold may change it."""
+    return [] if path in flow.fixed else [r for r in flow.outs if r.path == path]
 
 
 def _edit(fold: Fold, path: str, leaf: Any, cuts: Cuts) -> Any:
-    flow, roles = fold.flow, _changes(fold, path)
+    flow, roles = fold.flow, roles_of(fold.flow, path)
     if not roles:
         return leaf
     if is_per_use(leaf) or {r.kind for r in roles} == {"dot", "lookup"}:
@@ -286,14 +286,18 @@ def apply_fold(folds: Sequence[Fold], params: Any, made: Mapping[str, Any] = _NO
 
 
 def _applied(folds: Sequence[Fold], path: str, leaf: Any, traced: Any) -> Any:
-    if not any(_changes(fold, path) for fold in folds):
+    if not any(roles_of(fold.flow, path) for fold in folds):
         return leaf
     inner = leaf if is_per_use(leaf) else np.asarray(leaf) if traced is None else jnp.asarray(leaf)
     if not jnp.issubdtype(inner.dtype, jnp.floating):
         return leaf
-    if traced is not None:
-        inner = holding(leaf, jnp.asarray(held(leaf)).astype(traced))
-    return _finished(leaf, inner, edit(folds, path, inner))
+    return _finished(leaf, inner, edit(folds, path, inner)) if traced is None else edited(folds, path, leaf, traced)
+
+
+def edited(folds: Sequence[Fold], path: str, leaf: Any, dtype: Any, cuts: Cuts = ()) -> Any:
+    """`edit` in JAX, computed in `dtype`, of a float leaf as it is."""
+    inner = holding(leaf, jnp.asarray(held(leaf)).astype(dtype))
+    return _finished(leaf, inner, edit(folds, path, inner, cuts))
 
 
 def _finished(leaf: Any, inner: Any, done: Any) -> Any:
