@@ -16,7 +16,8 @@ from jquant.core.text import call
 from jquant.fold import cayley, objectives
 from jquant.fold.network import network
 from jquant.fold.objectives import Objective, Stacks, Turns, group_blocks
-from jquant.fold.rotate import Ready, begun, proven, rotated, start_matrix, without_gains
+from jquant.fold.program import apply_fold
+from jquant.fold.rotate import Ready, begun, folds_of, proven, rotated, start_matrix, without_gains
 from jquant.fold.rotations import Block
 from jquant.progress import Progress
 
@@ -101,7 +102,11 @@ def learned_rotation(
         learned = learn(_OBJECTIVES[objective](job, ready, turns), turns, how)
         memory.give_back()
         matrix_of = _matrices(turns, learned, start)
-        return rotated(ready if learned is None else proven(ready, "learned_rotation", matrix_of), matrix_of)
+        if learned is not None:
+            ready = proven(ready, "learned_rotation", matrix_of, keep=False)
+        folds, box = folds_of(ready, matrix_of), job.box
+        del ready, job  # the box alone holds what is replaced
+        return apply_fold(folds, box.pop())
 
     rate = learning_rate if isinstance(learning_rate, int | float) else _named(learning_rate)
     name = call(

@@ -6,7 +6,7 @@ exist for a few positions at a time. Segments of equal layers are compiled once.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,11 +70,11 @@ class _Programs(NamedTuple):
       gradient: likewise, the loss and the cotangents of inputs and of matrices.
     """
 
-    plain: Callable[..., Arrays]
-    forward: Callable[..., Arrays]
-    backward: Callable[..., tuple[Arrays, Arrays]]
-    loss: Callable[..., jax.Array]
-    gradient: Callable[..., tuple[jax.Array, tuple[Arrays, Arrays]]]
+    plain: Any
+    forward: Any
+    backward: Any
+    loss: Any
+    gradient: Any
 
 
 class _Course(NamedTuple):
@@ -95,13 +95,15 @@ def network(job: Folding, ready: Ready, turns: Turns) -> Objective:
     targets = plan_targets(find_sites(job.apply, ready.params, *args, **kwargs), ready.params, policies(job))
     courses: dict[Any, _Course] = {}
     programs: dict[Any, _Programs] = {}
+    compiled: set[int] = set()
     known: dict[int, Arrays] = {}
 
     def course(i: int) -> tuple[_Course, dict[Sym, Any]]:
         args, kwargs = call_args(job.batches[i])
         arrays, key = call_key(args, kwargs)
         if key not in courses:
-            courses[key] = _course(job, ready, turns, targets, trace_call(job.apply, ready.params, args, kwargs), programs)
+            traced = trace_call(job.apply, ready.params, args, kwargs)
+            courses[key] = _course(job, ready, turns, targets, traced, programs)
         line = courses[key].line
         return courses[key], {**dict(zip(line.arrays, arrays, strict=True)), **line.consts}
 
@@ -121,6 +123,7 @@ def network(job: Folding, ready: Ready, turns: Turns) -> Objective:
 
     def gradient(stacks: Stacks, i: int) -> tuple[jax.Array, Stacks]:
         run, plain = start(i, stacks)
+        run.compile(compiled)
         loss, found = run.gradient(plain)
         return loss, _stacked(turns, stacks, found)
 
@@ -152,7 +155,7 @@ def _course(
         head = None  # one range for all positions
     segments = cut_line(line, root, head)
     if len(segments) == 1:
-        job.miss("learned_rotation", "the function has no narrow place to be cut at; the gradient holds all activations")
+        job.miss("learned_rotation", "the function has no narrow place; the gradient holds all activations")
     moving: set[Sym] = set()
     pieces = []
     for k, segment in enumerate(segments):
@@ -161,7 +164,8 @@ def _course(
         turned = {u for u, t in zip(units, turnings) if t.blocks}
         _spread(segment, turned, moving)
         last = k == len(segments) - 1
-        pieces.append(_piece(segment, units, turnings, moving, root if last else None, head if last else None, programs))
+        what = (segment, units, turnings, moving)
+        pieces.append(_piece(*what, root if last else None, head if last else None, programs))
     return _Course(line, pieces)
 
 
@@ -262,11 +266,12 @@ def _last(
     derivative: bool, plain: list[Any], inputs: list[Any], values: list[Any], matrices: Arrays,
 ) -> tuple[jax.Array, tuple[Arrays, Arrays]]:  # fmt: skip
     """The loss and, if they are wanted, the cotangents of the inputs and of the matrices."""
-    want, structure = floats(values), {}
+    want, structure = floats(values), dict[str, Any]()
     given = {id(v) for v in jax.tree.leaves(values)}
 
     def turned(matrices: Arrays) -> tuple[Arrays, list[Any]]:
-        leaves, structure["tree"] = jax.tree.flatten(operands(values, matrices))
+        leaves, tree = jax.tree.flatten(operands(values, matrices))
+        structure["tree"] = tree
         structure["moves"] = moves = [
             isinstance(a, jax.core.Tracer) and id(a) not in given and jnp.issubdtype(a.dtype, jnp.inexact)
             for a in leaves
@@ -330,6 +335,21 @@ class _Run:
     def __init__(self, ready: Ready, pieces: list[_Piece], fixed: dict[Sym, Any], matrices: Matrices):
         self.leaves, self.pieces, self.fixed, self.matrices = ready.program.leaves, pieces, fixed, matrices
 
+    def compile(self, done: set[int]) -> None:
+        """Compiles what pulls back, but for programs in `done`. It takes memory, and there are no activations yet."""
+        shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
+        for piece in self.pieces:
+            if piece.outs and id(piece.programs) not in done:
+                done.add(id(piece.programs))
+                ins, outs = (shapes([s.aval for s in part]) for part in (piece.segment.inputs, piece.segment.outputs))
+                values, matrices = jax.eval_shape(lambda p=piece: self._given(p))
+                if piece is self.pieces[-1]:
+                    piece.programs.gradient.lower(ins, ins, values, matrices).compile()
+                else:
+                    cotangents = [outs[i] for i in piece.outs]
+                    piece.programs.backward.lower(ins, values, matrices, cotangents).compile()
+                memory.give_back()
+
     def plain(self) -> Arrays:
         """What the float model puts into the last piece."""
         env = dict(self.fixed)
@@ -368,11 +388,8 @@ class _Run:
     def _collect(self, piece: _Piece, pulled: Any, cotangents: dict[Sym, jax.Array], found: Matrices) -> None:
         """Adds what a piece gives back to what later ones gave; one piece runs at a time."""
         of_inputs, of_matrices = jax.block_until_ready(pulled)
-        for table, keys, new in (
-            (cotangents, [piece.segment.inputs[i] for i in piece.ins], of_inputs), (found, piece.blocks, of_matrices),
-        ):  # fmt: skip
-            for key, x in zip(keys, new, strict=True):
-                table[key] = table[key] + x if key in table else x
+        _add(cotangents, [piece.segment.inputs[i] for i in piece.ins], of_inputs)
+        _add(found, piece.blocks, of_matrices)
         memory.give_back()
 
     def _inputs(self, piece: _Piece, env: dict[Sym, Any]) -> Arrays:
@@ -396,3 +413,8 @@ class _Run:
         made = {**env, **dict(zip(self.pieces[k].segment.outputs, outs, strict=True))}
         later = {s for p in self.pieces[k + 1 :] for s in p.segment.inputs}
         return {s: v for s, v in made.items() if s in later}
+
+
+def _add(table: dict[Any, jax.Array], keys: Sequence[Any], new: Arrays) -> None:
+    for key, x in zip(keys, new, strict=True):
+        table[key] = table[key] + x if key in table else x

@@ -1,7 +1,7 @@
 """What rotations are learned by, and the objective "layers": the error of the layers' outputs, with derivatives.
 
-`network` is the other one. Both round the turned weights to nearest, straight through the rounding and not through the scales: what a rotation
-is for is that the range of each block gets smaller (`trace.fake_quant.scaled_error`).
+`network` is the other one. Both round the turned weights to nearest, straight through the rounding and not through the
+scales: what a rotation is for is that the range of each block gets smaller (`trace.fake_quant.scaled_error`).
 """
 
 import glob
@@ -15,8 +15,7 @@ import numpy as np
 from jquant.core.activation import Policy
 from jquant.core.errors import JQuantError
 from jquant.core.method import Folding, Rounding
-from jquant.core.paths import flatten_with_paths
-from jquant.core.per_use import held, holding, is_per_use
+from jquant.core.per_use import is_per_use
 from jquant.core.problem import as_problem, bring_back
 from jquant.core.qtensor import from_rows
 from jquant.core.recipe import Recipe
@@ -25,9 +24,8 @@ from jquant.fold.rotate import Ready
 from jquant.fold.rotations import Block, Places, rotate_places
 from jquant.fold.turning import find_sides, hashable, renumbered
 from jquant.solvers.rtn import rtn
-from jquant.trace.execute import quantized
-from jquant.trace.fake_quant import fake_quantized, scaled_error
-from jquant.trace.function import call_args, call_key, split_arrays
+from jquant.trace.fake_quant import scaled_error
+from jquant.trace.function import call_args
 from jquant.trace.sites import find_sites
 from jquant.trace.targets import Target, plan_targets
 

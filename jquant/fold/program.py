@@ -212,10 +212,11 @@ class Proof(NamedTuple):
     made: dict[str, Any]
 
 
-def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: list[Any]) -> Proof:
+def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: list[Any], keep: bool = True) -> Proof:
     """The items whose folds leave the float64 outputs as they are, to 1e-9 of the largest, and the others.
 
     All at once where that holds; else halves, and so on. Costs two runs of a few tokens, more only where one fails.
+    What it makes of leaves is given back if `keep`.
     """
     before = run_wide(program.small, lambda p, cuts: cut_leaf(program.leaves[p], cuts), program.arrays)
     good: list[Any] = []
@@ -225,7 +226,7 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
     while parts:  # no function that calls itself: that would hold the parameters until the next garbage collection
         part = parts.pop(0)
         made.clear()
-        why = _difference(program, make([*good, *part]), before, made)
+        why = _difference(program, make([*good, *part]), before, made if keep else None)
         if not why:
             good.extend(part)
         elif len(part) == 1:
@@ -236,7 +237,7 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
 
 
 def _difference(
-    program: Program, folds: Sequence[Fold], before: list[np.ndarray], made: dict[str, Any]
+    program: Program, folds: Sequence[Fold], before: list[np.ndarray], made: dict[str, Any] | None
 ) -> str:  # fmt: skip
     """Why folds are none, or "". Leaves that are changed as a whole, at a cost, are put into `made`."""
 
@@ -246,7 +247,7 @@ def _difference(
         leaf = program.leaves[path]
         wide = cut_leaf(leaf, cuts)
         done = edit(folds, path, wide, cuts)
-        if not cuts and done is not wide and path not in made and costly:
+        if made is not None and not cuts and done is not wide and path not in made and costly:
             made[path] = _finished(leaf, wide, done)
         return done
 

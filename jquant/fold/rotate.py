@@ -106,13 +106,13 @@ def begun(job: Folding, name: str, matrix_of: Callable[[Block], np.ndarray], str
     return ready
 
 
-def proven(ready: Ready, name: str, matrix_of: Callable[[Block], np.ndarray]) -> Ready:
+def proven(ready: Ready, name: str, matrix_of: Callable[[Block], np.ndarray], keep: bool = True) -> Ready:
     """With those gains and blocks whose folds are proven to change no output; a warning for each other."""
 
     def make(items: list[Any]) -> tuple[Fold, ...]:
         return folds_of(_only(ready, items), matrix_of)
 
-    good, bad, made = prove(ready.program, make, [*ready.gains, *ready.blocks])
+    good, bad, made = prove(ready.program, make, [*ready.gains, *ready.blocks], keep)
     warn_refused(name, bad, _said)
     return _only(ready, good)._replace(made=made)
 

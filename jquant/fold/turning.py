@@ -43,7 +43,7 @@ class Turning(NamedTuple):
 def find_turning(ready: Ready, blocks: list[Block], targets: dict[str, Target], unit: Unit) -> Turning:
     """What is done to a unit. Units of equal layers have equal keys."""
     leaf, target = ready.program.leaves[unit.path], targets.get(unit.path)
-    cuts, rest = unit.cuts, ()
+    cuts, rest = unit.cuts, unit.cuts[:0]
     if target is not None and not {axis for axis, _ in unit.at} <= set(target.batch):
         cuts, rest = (), unit.cuts  # its scales are those of the whole leaf
     if target is not None:
