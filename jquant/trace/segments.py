@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jquant.trace import compat, interpreter
 from jquant.trace.line import Instr, Line, Sym
@@ -81,7 +82,7 @@ def _narrow(line: Line, body: list[int], last: Sym, headed: bool) -> list[int]:
     products = [p for p, i in enumerate(body) if _is_product(line.instrs[i])]
     products += [len(body)] if headed else []
     places = [min(range(a + 1, b + 1), key=width.__getitem__) for a, b in zip(products, products[1:])]
-    sizes = [math.inf, *[width[p] for p in places], math.inf]
+    sizes = [math.inf, *[width[p][0] for p in places], math.inf]
     return [p for k, p in enumerate(places, 1) if p < len(body) and sizes[k] <= min(sizes[k - 1], sizes[k + 1])]
 
 
@@ -92,26 +93,25 @@ def _is_product(instr: Instr) -> bool:
     return instr.eqn.primitive.name in interpreter.ENTER or find_use(instr.eqn, list(instr.args)) is not None
 
 
-def _widths(line: Line, body: list[int], last: Sym) -> list[int]:
-    """For each place in `body`, bytes that cross it of what parameters have a part in."""
+def _widths(line: Line, body: list[int], last: Sym) -> list[tuple[int, int]]:
+    """For each place in `body`, bytes that cross it: of what parameters have a part in, and of everything."""
     end: dict[Sym, int] = {}
     for p, i in enumerate(body):
         end.update((s, p) for s in syms(line.instrs[i].args))
     end[last] = len(body)
+    begin = dict.fromkeys(end, -1)
+    begin.update((o, p) for p, i in enumerate(body) for o in line.instrs[i].outs)
     made: set[Sym] = set()
-    change = [0] * (len(body) + 2)
-    for p, i in enumerate(body):
-        instr = line.instrs[i]
-        if not any(is_ref(a) or a in made for a in instr.args if isinstance(a, Sym) or is_ref(a)):
-            continue
-        made.update(instr.outs)
-        for s in instr.outs:
-            if end.get(s, p) > p and is_float(s):
-                change[p + 1] += s.size * s.aval.dtype.itemsize
-                change[end[s] + 1] -= s.size * s.aval.dtype.itemsize
-    for p in range(1, len(change)):
-        change[p] += change[p - 1]
-    return change
+    for i in body:
+        if any(is_ref(a) or (isinstance(a, Sym) and a in made) for a in line.instrs[i].args):
+            made.update(line.instrs[i].outs)
+    change = np.zeros((len(body) + 2, 2), np.int64)
+    for s, p in end.items():
+        if is_float(s):
+            size = s.size * s.aval.dtype.itemsize * np.array([s in made, True])
+            change[begin[s] + 1] += size
+            change[p + 1] -= size
+    return [(int(a), int(b)) for a, b in np.cumsum(change, axis=0)]
 
 
 def is_float(s: Sym) -> bool:
