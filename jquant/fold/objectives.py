@@ -5,7 +5,11 @@ scales: what a rotation is for is that the range of each block gets smaller (`tr
 """
 
 import glob
+import math
+import tempfile
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +23,7 @@ from jquant.core.per_use import is_per_use
 from jquant.core.problem import as_problem, bring_back
 from jquant.core.qtensor import from_rows
 from jquant.core.recipe import Recipe
+from jquant.core.stats import Stats
 from jquant.fold.info import Role
 from jquant.fold.rotate import Ready
 from jquant.fold.rotations import Block, Places, rotate_places
@@ -117,7 +122,7 @@ class _Unit(NamedTuple):
       places: the place of each there, int32.
       leaves: how they are turned.
       values: the leaves.
-      gram: of their inputs, `[batch, n, n]`.
+      gram: reads that of their inputs, float32 `[batch, n, n]`.
     """
 
     key: Any
@@ -125,7 +130,7 @@ class _Unit(NamedTuple):
     places: jax.Array
     leaves: list[_Turned]
     values: list[jax.Array]
-    gram: jax.Array
+    gram: Callable[[], np.ndarray]
 
 
 def layers(job: Folding, ready: Ready, turns: Turns) -> Objective:
@@ -145,7 +150,7 @@ def layers(job: Folding, ready: Ready, turns: Turns) -> Objective:
         if u.key not in programs:
             loss = _unit_loss(u.leaves, u.stacks)
             programs[u.key] = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
-    run = lambda which, stacks, u: programs[u.key][which](stacks, u.places, u.values, u.gram)
+    run = lambda which, stacks, u: programs[u.key][which](stacks, u.places, u.values, u.gram())
     return Objective(len(units), lambda s, i: run(0, s, units[i]), lambda s, i: run(1, s, units[i]))
 
 
@@ -162,23 +167,67 @@ def _find_units(job: Folding, ready: Ready, turns: Turns) -> list[_Unit]:
             places = find_sides(ready, turns.blocks, mine[0], leaf)
             if any(places):
                 found[path] = _Turned(target, *places)
-    stats = job.calibrate(ready.params, list(found), gram=True) if found else {}
-    together: dict[int, list[str]] = {}
-    for path in found:
-        if stats[path].gram is not None:
-            together.setdefault(id(stats[path].gram), []).append(path)
-    return [_unit(turns, [found[p] for p in paths], ready, stats[paths[0]].gram) for paths in together.values()]
+    return [_unit(turns, [found[p] for p in paths], ready, gram) for paths, gram in _grams(job, ready, found)]
 
 
-def _unit(turns: Turns, leaves: list[_Turned], ready: Ready, gram: Any) -> _Unit:
+class _Scratch:
+    """A file that is gone with this object."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115: it stays open
+        weakref.finalize(self, self.file.close)
+
+
+def _grams(
+    job: Folding, ready: Ready, found: dict[str, _Turned]
+) -> list[tuple[list[str], Callable[[], np.ndarray]]]:  # fmt: skip
+    """Paths that meet the same inputs, and what reads their Gram matrix: in a file, for all together are as large as
+    the model."""
+    scratch = _Scratch()
+    file = scratch.file
+    written: dict[str, dict[Any, tuple[int, tuple[int, ...]]]] = {}
+
+    def take(new: dict[str, dict[Any, Stats]]) -> None:
+        known: dict[int, tuple[int, tuple[int, ...]]] = {}
+        for path, slices in new.items():
+            for at, stats in slices.items():
+                if stats.gram is not None:
+                    if id(stats.gram) not in known:
+                        known[id(stats.gram)] = file.tell(), stats.gram.shape
+                        file.write(np.asarray(stats.gram, np.float32))
+                    written.setdefault(path, {})[at] = known[id(stats.gram)]
+
+    job.observe(ready.params, list(found), frozenset({"gram"}), take)
+    together: dict[Any, list[str]] = {}
+    for path, places in written.items():
+        if _all_there(found[path].target, ready.program.leaves[path].shape, list(places)):
+            together.setdefault(tuple(sorted(places.items())), []).append(path)
+    return [(paths, partial(_read, scratch, [place for _, place in key])) for key, paths in together.items()]
+
+
+def _all_there(target: Target, shape: tuple[int, ...], slices: list[Any]) -> bool:
+    """Whether each slice of a leaf was observed, along the outermost of the axes that are solved apart."""
+    axes = [axis for axis, _ in slices[0]]
+    return axes == sorted(target.batch)[: len(axes)] and len(slices) == math.prod(shape[a] for a in axes)
+
+
+def _read(scratch: _Scratch, places: list[tuple[int, tuple[int, ...]]]) -> np.ndarray:
+    """Gram matrices that lie in a file, `[batch, n, n]`."""
+    parts = []
+    for start, shape in places:
+        scratch.file.seek(start)
+        parts.append(np.frombuffer(scratch.file.read(4 * math.prod(shape)), np.float32).reshape(-1, *shape[-2:]))
+    return np.concatenate(parts)
+
+
+def _unit(turns: Turns, leaves: list[_Turned], ready: Ready, gram: Callable[[], np.ndarray]) -> _Unit:
     numbers = list(dict.fromkeys(i for t in leaves for p in (t.outs, t.ins) if p for i, _ in p.parts))
     own = lambda p: renumbered(p, numbers)
     leaves = [t._replace(outs=own(t.outs), ins=own(t.ins)) for t in leaves]
     stacks = tuple(turns.groups[i][0] for i in numbers)
     values = [jnp.asarray(ready.program.leaves[t.target.path]) for t in leaves]
-    gram = gram.reshape(-1, *gram.shape[-2:])
     key = (
-        stacks, gram.shape,
+        stacks,
         *((t.target._replace(path=""), hashable(t.outs), hashable(t.ins), v.shape, str(v.dtype))
           for t, v in zip(leaves, values, strict=True)),
     )  # fmt: skip
