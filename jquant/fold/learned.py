@@ -56,11 +56,13 @@ def learned_rotation(
     Args:
       seed: of the random signs of the start, and of the order in which parts are drawn.
       objective: "network", KL(float || rounded) over the batches, SpinQuant's but that it aims at the float model's
-        predictions and not at the text; a step runs the network several times, and its
-        gradient holds all activations (SmolLM2: 7.8 GB). "layers", the relative squared error of
-        the layers' outputs, tr(E H E^T) / tr(W H W^T), under the second moments of the float model's inputs; rounding
-        of inputs is not seen. A step looks at a few layers, and all Gram matrices are in memory (n x n float32 for
-        every distinct input).
+        predictions and not at the text; a step runs the network several times. Its gradient is taken segment
+        by segment: in memory are the activations that cross the narrow places of the function (the residual stream,
+        twice a layer), those of one segment, and logits of a few positions where nothing but entrywise operations is
+        behind the product that makes them. A function without a narrow place is a warning. "layers", the relative
+        squared error of the layers' outputs, tr(E H E^T) / tr(W H W^T), under the second moments of the float model's
+        inputs; rounding of inputs is not seen. A step looks at a few layers; all Gram matrices are in a temporary
+        file (n x n float32 for every distinct input).
       steps: how many; 0 is `rotate(seed)`, bit for bit. None for 20 of "network" and 60 of "layers", the numbers that
         were measured.
       learning_rate: a number, that falls linearly to zero as in the paper; an optax schedule; or any
@@ -91,10 +93,9 @@ def learned_rotation(
 
     def fold(job: Folding) -> Any:
         start: Callable[[Block], np.ndarray] = partial(start_matrix, seed)
-        ready = begun(job, "learned_rotation", start, stream, heads)
+        ready = begun(job, "learned_rotation", start, stream, heads, keep=not steps)
         if not (ready.blocks and steps):
             return rotated(ready, start)
-        ready = ready._replace(made={})  # as large as what is turned, and made for the start
         ready = without_gains(ready)
         job = job._replace(box=[ready.params])  # nothing holds the old ones
         memory.give_back()

@@ -174,7 +174,7 @@ class _Scratch:
     """A file that is gone with this object."""
 
     def __init__(self) -> None:
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115: it stays open
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115
         weakref.finalize(self, self.file.close)
 
 
@@ -194,7 +194,7 @@ def _grams(
                 if stats.gram is not None:
                     if id(stats.gram) not in known:
                         known[id(stats.gram)] = file.tell(), stats.gram.shape
-                        file.write(np.asarray(stats.gram, np.float32))
+                        file.write(np.asarray(stats.gram, np.float32).tobytes())
                     written.setdefault(path, {})[at] = known[id(stats.gram)]
 
     job.observe(ready.params, list(found), frozenset({"gram"}), take)

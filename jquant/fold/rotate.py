@@ -98,9 +98,11 @@ def find_blocks(job: Folding, name: str, stream: bool, heads: bool) -> Ready:
     return Ready(job.params, program, scales, gains, found.flow, blocks)
 
 
-def begun(job: Folding, name: str, matrix_of: Callable[[Block], np.ndarray], stream: bool, heads: bool) -> Ready:
-    """What can be rotated, and is proven with these matrices."""
-    ready = proven(find_blocks(job, name, stream, heads), name, matrix_of)
+def begun(
+    job: Folding, name: str, matrix_of: Callable[[Block], np.ndarray], stream: bool, heads: bool, keep: bool = True
+) -> Ready:
+    """What can be rotated, and is proven with these matrices; with what the proof made of leaves if `keep`."""
+    ready = proven(find_blocks(job, name, stream, heads), name, matrix_of, keep)
     if stream and not any(b.norm for b in ready.blocks):
         job.miss(name, NO_STREAM)
     return ready
