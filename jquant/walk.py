@@ -27,7 +27,7 @@ from jquant.progress import Progress
 from jquant.trace.function import call_args, call_key, trace_call
 from jquant.trace.line import Line, Sym
 from jquant.trace.observe import Member, Observed, gather_stats, merge_all, nothing
-from jquant.trace.program import Operand, Part, Unit, plan
+from jquant.trace.program import Operand, Part, Unit, plan, unit_axes
 from jquant.trace.streams import Both, Weights, in_both
 
 
@@ -338,12 +338,6 @@ class Gathered:
         if key not in shared:
             shared[key] = gather_stats(members, seen, shape)
         return shared[key] if before is None else before.merge(shared[key])
-
-
-def unit_axes(axes: tuple[int, ...], at: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    """Axes of the full leaf as a unit names them, without those that were walked."""
-    gone = {axis for axis, _ in at}
-    return tuple(-sum(b not in gone for b in range(a, 0)) for a in axes if a not in gone)
 
 
 def observe(

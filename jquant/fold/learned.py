@@ -14,13 +14,15 @@ from jquant.core.errors import JQuantWarning
 from jquant.core.method import Folding, Method
 from jquant.core.text import call
 from jquant.fold import cayley, objectives
+from jquant.fold.network import network
 from jquant.fold.objectives import Objective, Stacks, Turns, group_blocks
-from jquant.fold.rotate import Ready, begun, proven, rotated, start_matrix, without_gains
+from jquant.fold.program import apply_fold
+from jquant.fold.rotate import Ready, begun, folds_of, proven, rotated, start_matrix, without_gains
 from jquant.fold.rotations import Block
 from jquant.progress import Progress
 
 _OBJECTIVES: dict[str, Callable[[Folding, Ready, Turns], Objective]] = {
-    "network": objectives.network, "layers": objectives.layers,
+    "network": network, "layers": objectives.layers,
 }  # fmt: skip
 _STEPS = {"network": 20, "layers": 60}
 _BATCH = {"network": 1, "layers": 8}
@@ -54,11 +56,13 @@ def learned_rotation(
     Args:
       seed: of the random signs of the start, and of the order in which parts are drawn.
       objective: "network", KL(float || rounded) over the batches, SpinQuant's but that it aims at the float model's
-        predictions and not at the text; a step runs the network several times, and its
-        gradient holds all activations (SmolLM2: 7.8 GB). "layers", the relative squared error of
-        the layers' outputs, tr(E H E^T) / tr(W H W^T), under the second moments of the float model's inputs; rounding
-        of inputs is not seen. A step looks at a few layers, and all Gram matrices are in memory (n x n float32 for
-        every distinct input).
+        predictions and not at the text; a step runs the network several times. Its gradient is taken segment
+        by segment: in memory are the activations that cross the narrow places of the function (the residual stream,
+        twice a layer), those of one segment, and logits of a few positions where nothing but entrywise operations is
+        behind the product that makes them. A function without a narrow place is a warning. "layers", the relative
+        squared error of the layers' outputs, tr(E H E^T) / tr(W H W^T), under the second moments of the float model's
+        inputs; rounding of inputs is not seen. A step looks at a few layers; all Gram matrices are in a temporary
+        file (n x n float32 for every distinct input).
       steps: how many; 0 is `rotate(seed)`, bit for bit. None for 20 of "network" and 60 of "layers", the numbers that
         were measured.
       learning_rate: a number, that falls linearly to zero as in the paper; an optax schedule; or any
@@ -89,16 +93,21 @@ def learned_rotation(
 
     def fold(job: Folding) -> Any:
         start: Callable[[Block], np.ndarray] = partial(start_matrix, seed)
-        ready = begun(job, "learned_rotation", start, stream, heads)
+        ready = begun(job, "learned_rotation", start, stream, heads, keep=not steps)
         if not (ready.blocks and steps):
             return rotated(ready, start)
         ready = without_gains(ready)
         job = job._replace(box=[ready.params])  # nothing holds the old ones
+        memory.give_back()
         turns = group_blocks(ready.blocks)
         learned = learn(_OBJECTIVES[objective](job, ready, turns), turns, how)
         memory.give_back()
         matrix_of = _matrices(turns, learned, start)
-        return rotated(ready if learned is None else proven(ready, "learned_rotation", matrix_of), matrix_of)
+        if learned is not None:
+            ready = proven(ready, "learned_rotation", matrix_of, keep=False)
+        folds, box = folds_of(ready, matrix_of), job.box
+        del ready, job  # the box alone holds what is replaced
+        return apply_fold(folds, box.pop())
 
     rate = learning_rate if isinstance(learning_rate, int | float) else _named(learning_rate)
     name = call(

@@ -1,11 +1,15 @@
-"""What rotations are learned by: the whole network's divergence, or the error of the layers' outputs, with derivatives.
+"""What rotations are learned by, and the objective "layers": the error of the layers' outputs, with derivatives.
 
-Both round the turned weights to nearest, straight through the rounding and not through the scales: what a rotation
-is for is that the range of each block gets smaller (`trace.fake_quant.scaled_error`).
+`network` is the other one. Both round the turned weights to nearest, straight through the rounding and not through the
+scales: what a rotation is for is that the range of each block gets smaller (`trace.fake_quant.scaled_error`).
 """
 
 import glob
+import math
+import tempfile
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,19 +19,18 @@ import numpy as np
 from jquant.core.activation import Policy
 from jquant.core.errors import JQuantError
 from jquant.core.method import Folding, Rounding
-from jquant.core.paths import flatten_with_paths
-from jquant.core.per_use import held, holding, is_per_use
+from jquant.core.per_use import is_per_use
 from jquant.core.problem import as_problem, bring_back
 from jquant.core.qtensor import from_rows
 from jquant.core.recipe import Recipe
+from jquant.core.stats import Stats
 from jquant.fold.info import Role
-from jquant.fold.program import apply_fold
-from jquant.fold.rotate import Ready, rotation
-from jquant.fold.rotations import Block, Places, classes_of, find_places, rotate_places
+from jquant.fold.rotate import Ready
+from jquant.fold.rotations import Block, Places, rotate_places
+from jquant.fold.turning import find_sides, hashable, renumbered
 from jquant.solvers.rtn import rtn
-from jquant.trace.execute import quantized
-from jquant.trace.fake_quant import fake_quantized, scaled_error
-from jquant.trace.function import call_args, call_key, split_arrays
+from jquant.trace.fake_quant import scaled_error
+from jquant.trace.function import call_args
 from jquant.trace.sites import find_sites
 from jquant.trace.targets import Target, plan_targets
 
@@ -99,62 +102,6 @@ def policies(job: Folding) -> Recipe:
     return Recipe(rules)
 
 
-# --- the network ---
-
-
-def network(job: Folding, ready: Ready, turns: Turns) -> Objective:
-    """KL(float || rounded), nats for each position of the logits; a part is a batch. SpinQuant's objective, but
-    that the target is the float model's prediction and not the text.
-
-    Raises:
-      JQuantError: the function returns no logits.
-    """
-    flat, treedef = flatten_with_paths(ready.params)
-    values = [held(leaf) for _, leaf in flat]
-    rounded = fake_quantized(job.apply, policies(job), scales=True)
-    programs: dict[Any, Any] = {}
-
-    def program(batch: Any) -> Any:
-        args, kwargs = call_args(batch)
-        arrays, key = call_key(args, kwargs)
-        if key not in programs:
-            _, rebuild = split_arrays((args, kwargs))
-
-            def loss(stacks: Stacks, values: list[Any], arrays: list[Any]) -> jax.Array:
-                args, kwargs = rebuild(arrays)
-                params = treedef.unflatten([holding(leaf, v) for (_, leaf), v in zip(flat, values, strict=True)])
-                turn = rotation(ready.flow, turns.blocks, turns.of(stacks))
-                turned = apply_fold((turn,), params, traced=stacks[0].dtype)
-                want = quantized(job.apply)(params, *args, **kwargs)
-                return _divergence(jax.lax.stop_gradient(want), rounded(turned, *args, **kwargs))
-
-            programs[key] = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
-        return (*programs[key], arrays)
-
-    def value(stacks: Stacks, i: int) -> jax.Array:
-        run, _, arrays = program(job.batches[i])
-        return run(stacks, values, arrays)
-
-    def gradient(stacks: Stacks, i: int) -> tuple[jax.Array, Stacks]:
-        _, run, arrays = program(job.batches[i])
-        return run(stacks, values, arrays)
-
-    return Objective(len(job.batches), value, gradient)
-
-
-def _divergence(want: Any, got: Any) -> jax.Array:
-    """KL of the first output that can be logits `[..., vocab]`, a mean over positions."""
-    pairs = zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True)
-    for a, b in pairs:
-        if jnp.issubdtype(a.dtype, jnp.floating) and a.ndim > 1 and a.shape[-1] > 1:
-            wide = jnp.promote_types(a.dtype, jnp.float32)
-            p, q = jax.nn.log_softmax(a.astype(wide)), jax.nn.log_softmax(b.astype(wide))
-            return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
-    raise JQuantError(
-        'learned_rotation: the function returns no logits [..., vocab] to compare; write objective="layers"'
-    )
-
-
 # --- the layers ---
 
 
@@ -175,7 +122,7 @@ class _Unit(NamedTuple):
       places: the place of each there, int32.
       leaves: how they are turned.
       values: the leaves.
-      gram: of their inputs, `[batch, n, n]`.
+      gram: reads that of their inputs, float32 `[batch, n, n]`.
     """
 
     key: Any
@@ -183,7 +130,7 @@ class _Unit(NamedTuple):
     places: jax.Array
     leaves: list[_Turned]
     values: list[jax.Array]
-    gram: jax.Array
+    gram: Callable[[], np.ndarray]
 
 
 def layers(job: Folding, ready: Ready, turns: Turns) -> Objective:
@@ -203,7 +150,7 @@ def layers(job: Folding, ready: Ready, turns: Turns) -> Objective:
         if u.key not in programs:
             loss = _unit_loss(u.leaves, u.stacks)
             programs[u.key] = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
-    run = lambda which, stacks, u: programs[u.key][which](stacks, u.places, u.values, u.gram)
+    run = lambda which, stacks, u: programs[u.key][which](stacks, u.places, u.values, u.gram())
     return Objective(len(units), lambda s, i: run(0, s, units[i]), lambda s, i: run(1, s, units[i]))
 
 
@@ -217,43 +164,75 @@ def _find_units(job: Folding, ready: Ready, turns: Turns) -> list[_Unit]:
     for path, target in targets.items():
         leaf, mine = ready.program.leaves[path], roles.get(path, [])
         if len(mine) == 1 and target.observable and path not in ready.flow.fixed and not is_per_use(leaf):
-            places = [_places(ready, turns.blocks, mine[0], side, leaf) for side in ("outs", "ins")]
+            places = find_sides(ready, turns.blocks, mine[0], leaf)
             if any(places):
                 found[path] = _Turned(target, *places)
-    stats = job.calibrate(ready.params, list(found), gram=True) if found else {}
-    together: dict[int, list[str]] = {}
-    for path in found:
-        if stats[path].gram is not None:
-            together.setdefault(id(stats[path].gram), []).append(path)
-    return [_unit(turns, [found[p] for p in paths], ready, stats[paths[0]].gram) for paths in together.values()]
+    return [_unit(turns, [found[p] for p in paths], ready, gram) for paths, gram in _grams(job, ready, found)]
 
 
-def _places(ready: Ready, blocks: list[Block], role: Role, side: str, leaf: Any) -> Places | None:
-    classes = classes_of(ready.flow, role, side)
-    if classes is None:
-        return None
-    places = find_places(tuple(leaf.shape), classes, blocks)
-    return places if places.parts else None
+class _Scratch:
+    """A file that is gone with this object."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, self.file.close)
 
 
-def _unit(turns: Turns, leaves: list[_Turned], ready: Ready, gram: Any) -> _Unit:
+def _grams(
+    job: Folding, ready: Ready, found: dict[str, _Turned]
+) -> list[tuple[list[str], Callable[[], np.ndarray]]]:  # fmt: skip
+    """Paths that meet the same inputs, and what reads their Gram matrix: in a file, for all together are as large as
+    the model."""
+    scratch = _Scratch()
+    file = scratch.file
+    written: dict[str, dict[Any, tuple[int, tuple[int, ...]]]] = {}
+
+    def take(new: dict[str, dict[Any, Stats]]) -> None:
+        known: dict[int, tuple[int, tuple[int, ...]]] = {}
+        for path, slices in new.items():
+            for at, stats in slices.items():
+                if stats.gram is not None:
+                    if id(stats.gram) not in known:
+                        known[id(stats.gram)] = file.tell(), stats.gram.shape
+                        file.write(np.asarray(stats.gram, np.float32).tobytes())
+                    written.setdefault(path, {})[at] = known[id(stats.gram)]
+
+    job.observe(ready.params, list(found), frozenset({"gram"}), take)
+    together: dict[Any, list[str]] = {}
+    for path, places in written.items():
+        if _all_there(found[path].target, ready.program.leaves[path].shape, list(places)):
+            together.setdefault(tuple(sorted(places.items())), []).append(path)
+    return [(paths, partial(_read, scratch, [place for _, place in key])) for key, paths in together.items()]
+
+
+def _all_there(target: Target, shape: tuple[int, ...], slices: list[Any]) -> bool:
+    """Whether each slice of a leaf was observed, along the outermost of the axes that are solved apart."""
+    axes = [axis for axis, _ in slices[0]]
+    return axes == sorted(target.batch)[: len(axes)] and len(slices) == math.prod(shape[a] for a in axes)
+
+
+def _read(scratch: _Scratch, places: list[tuple[int, tuple[int, ...]]]) -> np.ndarray:
+    """Gram matrices that lie in a file, `[batch, n, n]`."""
+    parts = []
+    for start, shape in places:
+        scratch.file.seek(start)
+        parts.append(np.frombuffer(scratch.file.read(4 * math.prod(shape)), np.float32).reshape(-1, *shape[-2:]))
+    return np.concatenate(parts)
+
+
+def _unit(turns: Turns, leaves: list[_Turned], ready: Ready, gram: Callable[[], np.ndarray]) -> _Unit:
     numbers = list(dict.fromkeys(i for t in leaves for p in (t.outs, t.ins) if p for i, _ in p.parts))
-    own = lambda p: None if p is None else p._replace(parts=[(numbers.index(i), at) for i, at in p.parts])
+    own = lambda p: renumbered(p, numbers)
     leaves = [t._replace(outs=own(t.outs), ins=own(t.ins)) for t in leaves]
     stacks = tuple(turns.groups[i][0] for i in numbers)
     values = [jnp.asarray(ready.program.leaves[t.target.path]) for t in leaves]
-    gram = gram.reshape(-1, *gram.shape[-2:])
     key = (
-        stacks, gram.shape,
-        *((t.target._replace(path=""), _hashable(t.outs), _hashable(t.ins), v.shape, str(v.dtype))
+        stacks,
+        *((t.target._replace(path=""), hashable(t.outs), hashable(t.ins), v.shape, str(v.dtype))
           for t, v in zip(leaves, values, strict=True)),
     )  # fmt: skip
     places = jnp.asarray([turns.groups[i][1] for i in numbers], jnp.int32)
     return _Unit(key, stacks, places, leaves, values, gram)
-
-
-def _hashable(p: Places | None) -> Any:
-    return None if p is None else (p.order, p.axes, tuple((i, at.shape, at.tobytes()) for i, at in p.parts))
 
 
 def _unit_loss(leaves: list[_Turned], numbers: tuple[int, ...]) -> Callable[..., jax.Array]:

@@ -97,13 +97,13 @@ def edit(folds: Sequence[Fold], path: str, leaf: Any, cuts: Cuts = ()) -> Any:
     return leaf
 
 
-def _changes(fold: Fold, path: str) -> list[Role]:
-    """The ways in which a leaf is read, if the fold may change it."""
-    return [] if path in fold.flow.fixed else [r for r in fold.flow.outs if r.path == path]
+def roles_of(flow: Flow, path: str) -> list[Role]:
+    """The ways in which a leaf is read, if a fold may change it."""
+    return [] if path in flow.fixed else [r for r in flow.outs if r.path == path]
 
 
 def _edit(fold: Fold, path: str, leaf: Any, cuts: Cuts) -> Any:
-    flow, roles = fold.flow, _changes(fold, path)
+    flow, roles = fold.flow, roles_of(fold.flow, path)
     if not roles:
         return leaf
     if is_per_use(leaf) or {r.kind for r in roles} == {"dot", "lookup"}:
@@ -218,10 +218,11 @@ class Proof(NamedTuple):
     made: dict[str, Any]
 
 
-def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: list[Any]) -> Proof:
+def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: list[Any], keep: bool = True) -> Proof:
     """The items whose folds leave the float64 outputs as they are, to 1e-9 of the largest, and the others.
 
     All at once where that holds; else halves, and so on. Costs two runs of a few tokens, more only where one fails.
+    What it makes of leaves is given back if `keep`.
     """
     before: list[np.ndarray] | None = None
     good: list[Any] = []
@@ -231,7 +232,7 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
     while parts:  # no function that calls itself: that would hold the parameters until the next garbage collection
         part = parts.pop(0)
         made.clear()
-        before, why = _difference(program, make([*good, *part]), before, made)
+        before, why = _difference(program, make([*good, *part]), before, made if keep else None)
         if not why:
             good.extend(part)
         elif len(part) == 1:
@@ -242,11 +243,11 @@ def prove(program: Program, make: Callable[[list[Any]], Sequence[Fold]], items: 
 
 
 def _difference(
-    program: Program, folds: Sequence[Fold], before: list[np.ndarray] | None, made: dict[str, Any]
+    program: Program, folds: Sequence[Fold], before: list[np.ndarray] | None, made: dict[str, Any] | None
 ) -> tuple[list[np.ndarray], str]:
     """The outputs without folds (`before`, if they are known), and why the folds change them, or "".
 
-    Leaves that are changed as a whole, at a cost, are put into `made`.
+    Leaves that are changed as a whole, at a cost, are put into `made`, if there is one.
     """
     costly = not all(fold.diagonal for fold in folds)
     refs = (a for i in program.small.instrs for a in i.args if isinstance(a, Ref))
@@ -265,7 +266,7 @@ def _difference(
             wide, done = made_ahead(path, cuts)
             if isinstance(done, ValueError):
                 raise done
-            if not cuts and done is not wide and path not in made and costly:
+            if made is not None and costly and not cuts and done is not wide and path not in made:
                 made[path] = _finished(program.leaves[path], wide, done)
             return done
 
@@ -311,14 +312,18 @@ def apply_fold(folds: Sequence[Fold], params: Any, made: Mapping[str, Any] = _NO
 
 
 def _applied(folds: Sequence[Fold], path: str, leaf: Any, traced: Any) -> Any:
-    if not any(_changes(fold, path) for fold in folds):
+    if not any(roles_of(fold.flow, path) for fold in folds):
         return leaf
     inner = leaf if is_per_use(leaf) else np.asarray(leaf) if traced is None else jnp.asarray(leaf)
     if not jnp.issubdtype(inner.dtype, jnp.floating):
         return leaf
-    if traced is not None:
-        inner = holding(leaf, jnp.asarray(held(leaf)).astype(traced))
-    return _finished(leaf, inner, edit(folds, path, inner))
+    return _finished(leaf, inner, edit(folds, path, inner)) if traced is None else edited(folds, path, leaf, traced)
+
+
+def edited(folds: Sequence[Fold], path: str, leaf: Any, dtype: Any, cuts: Cuts = ()) -> Any:
+    """`edit` in JAX, computed in `dtype`, of a float leaf as it is."""
+    inner = holding(leaf, jnp.asarray(held(leaf)).astype(dtype))
+    return _finished(leaf, inner, edit(folds, path, inner, cuts))
 
 
 def _finished(leaf: Any, inner: Any, done: Any) -> Any:

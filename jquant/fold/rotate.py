@@ -109,21 +109,23 @@ def find_blocks(job: Folding, name: str, stream: bool, heads: bool) -> Ready:
     return Ready(job.params, program, scales, gains, found.flow, blocks)
 
 
-def begun(job: Folding, name: str, matrix_of: Callable[[Block], Matrix], stream: bool, heads: bool) -> Ready:
-    """What can be rotated, and is proven with these matrices."""
-    ready = proven(find_blocks(job, name, stream, heads), name, matrix_of)
+def begun(
+    job: Folding, name: str, matrix_of: Callable[[Block], Matrix], stream: bool, heads: bool, keep: bool = True
+) -> Ready:
+    """What can be rotated, and is proven with these matrices; with what the proof made of leaves if `keep`."""
+    ready = proven(find_blocks(job, name, stream, heads), name, matrix_of, keep)
     if stream and not any(b.norm for b in ready.blocks):
         job.miss(name, NO_STREAM)
     return ready
 
 
-def proven(ready: Ready, name: str, matrix_of: Callable[[Block], Matrix]) -> Ready:
+def proven(ready: Ready, name: str, matrix_of: Callable[[Block], Matrix], keep: bool = True) -> Ready:
     """With those gains and blocks whose folds are proven to change no output; a warning for each other."""
 
     def make(items: list[Any]) -> tuple[Fold, ...]:
         return folds_of(_only(ready, items), matrix_of)
 
-    good, bad, made = prove(ready.program, make, [*ready.gains, *ready.blocks])
+    good, bad, made = prove(ready.program, make, [*ready.gains, *ready.blocks], keep)
     warn_refused(name, bad, _said)
     return _only(ready, good)._replace(made=made)
 

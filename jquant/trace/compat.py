@@ -154,7 +154,7 @@ def sub_jaxprs(eqn: JaxprEqn) -> list[Closed]:
     return found
 
 
-_CUSTOM_CALLS = frozenset(("custom_jvp_call", "custom_vjp_call"))
+CUSTOM_CALLS = frozenset(("custom_jvp_call", "custom_vjp_call"))
 
 
 def eqn_key(eqn: JaxprEqn) -> Any:
@@ -163,7 +163,7 @@ def eqn_key(eqn: JaxprEqn) -> Any:
     The derivative rules of custom_jvp and custom_vjp are left out: every trace makes new functions of them.
     """
     params = eqn.params
-    if eqn.primitive.name in _CUSTOM_CALLS:
+    if eqn.primitive.name in CUSTOM_CALLS:
         params = {k: params[k] for k in ("call_jaxpr", "num_consts")}
     return (eqn.primitive.name, static_key(dict(params)))
 

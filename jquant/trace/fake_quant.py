@@ -63,7 +63,7 @@ def fake_quantized(
         traced = trace_call(apply, params, args, kwargs)
         targets = plan_targets(sites_of(traced), params, recipe)
         leaves = [
-            holding(v, _trained(jnp.asarray(held(v)), targets[p], stats, clip, scales)) if p in targets else v
+            holding(v, trained(jnp.asarray(held(v)), targets[p], stats, clip, scales)) if p in targets else v
             for p, v in zip(traced.paths, traced.leaves, strict=True)
         ]
         return run_traced(traced._replace(leaves=leaves), ExecuteReader(train=True, clip=clip))
@@ -110,10 +110,10 @@ def _with_soft(q: QTensor, soft: jax.Array) -> TrainedQTensor:
     return TrainedQTensor.tree_unflatten(static, (*children, soft))
 
 
-def _trained(
+def trained(
     w: jax.Array, target: Target, stats: Mapping[str, Stats] | None, clip: bool, scales: bool
 ) -> TrainedQTensor:
-    """The leaf rounded to nearest, with its derivative."""
+    """A leaf rounded to nearest, with its derivative; the arguments are those of `fake_quantized`."""
     fixed = jax.lax.stop_gradient(w)
     problem = as_problem(fixed, target.contracted, target.batch)
     solve = rtn().solve

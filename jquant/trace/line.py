@@ -56,6 +56,7 @@ class Line:
     Args:
       traced: the call.
       inline: whether calls that read no parameter are inlined too.
+      derivatives: whether functions with derivatives of their own (custom_jvp, custom_vjp) stay one instruction.
 
     Attributes:
       instrs: in order.
@@ -65,8 +66,9 @@ class Line:
       consts: values of Syms that the jaxpr captured.
     """
 
-    def __init__(self, traced: Traced, inline: bool = False):
+    def __init__(self, traced: Traced, inline: bool = False, derivatives: bool = False):
         self.inline = inline
+        self.calls = _CALLS - _CUSTOM if derivatives else _CALLS
         self.instrs: list[Instr] = []
         self.consts: dict[Sym, Any] = {}
         self._known: dict[Any, list[Any]] = {}
@@ -105,11 +107,11 @@ class Line:
                 refs = REARRANGE[name](args[0], eqn, args[1:])
                 if refs is not None:
                     return list(refs)
-            if name in _CALLS:
+            if name in self.calls:
                 return self._run(compat.sub_jaxprs(eqn)[0], args)
             if name == "scan" and (outs := self._scan(eqn, args)) is not None:
                 return outs
-        elif self.inline and name in _CALLS:
+        elif self.inline and name in self.calls:
             return self._run(compat.sub_jaxprs(eqn)[0], args)
         return self._record(eqn, args)
 
@@ -174,9 +176,8 @@ def eqn_effects(eqn: Any) -> bool:
     return bool(eqn is not None and eqn.effects)
 
 
-_CALLS = frozenset(
-    ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
-)
+_CUSTOM = frozenset(("custom_jvp_call", "custom_vjp_call"))
+_CALLS = _CUSTOM | {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
 
 
 def _has_sym(args: Sequence[Any]) -> bool:

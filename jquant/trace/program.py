@@ -47,6 +47,12 @@ def unit_of(ref: Ref) -> tuple[Unit, tuple[tuple[int, ...], ...]]:
     return Unit(ref.path, at, cuts[:n]), cuts[n:]
 
 
+def unit_axes(axes: tuple[int, ...], at: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """Axes of the full leaf as a unit names them, without those that were walked."""
+    gone = {axis for axis, _ in at}
+    return tuple(-sum(b not in gone for b in range(a, 0)) for a in axes if a not in gone)
+
+
 class Operand(NamedTuple):
     """A parameter that a part reads: a unit, and the cuts that remain."""
 
@@ -100,7 +106,7 @@ def _groups(line: Line, wanted: set[str]) -> list[_Group]:
             continue
         if use is not None and use.kind == "lookup":
             continue
-        key = (i,) if use is None else (*_input(use), *map(id, _syms(instr.args)))
+        key = (i,) if use is None else (*_input(use), *map(id, syms(instr.args)))
         found.setdefault(key, []).append(i)
         paths.setdefault(key, []).extend(mine)
     groups = [_Group(min(v), tuple(v), tuple(paths[k])) for k, v in found.items()]
@@ -136,15 +142,15 @@ def plan(
     return parts
 
 
-def _syms(args: Iterable[Any]) -> list[Sym]:
+def syms(args: Iterable[Any]) -> list[Sym]:
     return [a for a in args if isinstance(a, Sym)]
 
 
-def _producers(line: Line) -> dict[Sym, int]:
+def producers_of(line: Line) -> dict[Sym, int]:
     return {o: i for i, instr in enumerate(line.instrs) for o in instr.outs}
 
 
-def _closure(line: Line, producers: dict[Sym, int], roots: Iterable[Sym], keep: Callable[[int], bool]) -> set[int]:
+def closure(line: Line, producers: dict[Sym, int], roots: Iterable[Sym], keep: Callable[[int], bool]) -> set[int]:
     """The instructions that `roots` depend on, through instructions for which `keep` holds."""
     found: set[int] = set()
     stack = [producers[s] for s in roots if s in producers]
@@ -153,31 +159,31 @@ def _closure(line: Line, producers: dict[Sym, int], roots: Iterable[Sym], keep: 
         if i in found or not keep(i):
             continue
         found.add(i)
-        stack.extend(producers[s] for s in _syms(line.instrs[i].args) if s in producers)
+        stack.extend(producers[s] for s in syms(line.instrs[i].args) if s in producers)
     return found
 
 
 def _needed(line: Line, groups: list[_Group]) -> set[int]:
-    roots = [s for g in groups for i in g.instrs for s in _syms(line.instrs[i].args)]
-    return _closure(line, _producers(line), roots, lambda i: True)
+    roots = [s for g in groups for i in g.instrs for s in syms(line.instrs[i].args)]
+    return closure(line, producers_of(line), roots, lambda i: True)
 
 
 def _part(
     line: Line, start: int, end: int, group: _Group, groups: list[_Group], needed: set[int], needs: frozenset[str],
     rounds: Mapping[str, Activation],
 ) -> Part:  # fmt: skip
-    producers = _producers(line)
+    producers = producers_of(line)
     body = [i for i in range(start, end) if i in needed and not line.instrs[i].static]
     made = {o for i in body for o in line.instrs[i].outs}
-    ends = [s for i in group.instrs for s in _syms(line.instrs[i].args)]
+    ends = [s for i in group.instrs for s in syms(line.instrs[i].args)]
     later = _later_needs(line, end, groups, needed, producers)
     # The observed instructions' operands that this part does not make itself come in like any other.
-    wants = [*[s for i in body for s in _syms(line.instrs[i].args)], *ends]
-    static = _closure(line, producers, [s for s in wants if s.static], lambda i: line.instrs[i].static)
+    wants = [*[s for i in body for s in syms(line.instrs[i].args)], *ends]
+    static = closure(line, producers, [s for s in wants if s.static], lambda i: line.instrs[i].static)
     order = [*sorted(static), *body]
     made |= {o for i in static for o in line.instrs[i].outs}
     outputs = [o for i in body for o in line.instrs[i].outs if o in later]
-    numbering = _Numbering()
+    numbering = Numbering()
     program = [numbering.instr(line.instrs[i]) for i in order]
     tail = [numbering.instr(line.instrs[i], outs=False) for i in group.instrs]
     inputs = tuple(s for s in numbering.numbers if s not in made)
@@ -203,17 +209,19 @@ def _part(
 
 def _later_needs(line: Line, end: int, groups: list[_Group], needed: set[int], producers: dict[Sym, int]) -> set[Sym]:
     """Values that instructions from `end` on read, directly or as observed operands of a later group."""
-    later = {s for i in range(end, len(line.instrs)) if i in needed for s in _syms(line.instrs[i].args)}
-    return later | {s for g in groups if g.position > end for i in g.instrs for s in _syms(line.instrs[i].args)}
+    later = {s for i in range(end, len(line.instrs)) if i in needed for s in syms(line.instrs[i].args)}
+    return later | {s for g in groups if g.position > end for i in g.instrs for s in syms(line.instrs[i].args)}
 
 
-class _Numbered(NamedTuple):
+class Numbered(NamedTuple):
+    """An instruction whose values have numbers instead of names."""
+
     instr: Instr
     args: tuple[Any, ...]
     outs: tuple[int, ...]
 
 
-class _Numbering:
+class Numbering:
     """Names that are equal in parts of equal structure: Syms and operands by the order in which they are met."""
 
     def __init__(self) -> None:
@@ -223,9 +231,9 @@ class _Numbering:
     def sym(self, s: Sym) -> int:
         return self.numbers.setdefault(s, len(self.numbers))
 
-    def instr(self, instr: Instr, outs: bool = True) -> "_Numbered":
+    def instr(self, instr: Instr, outs: bool = True) -> "Numbered":
         args = tuple(self._operand(a) for a in instr.args)
-        return _Numbered(instr, args, tuple(self.sym(s) for s in instr.outs) if outs else ())
+        return Numbered(instr, args, tuple(self.sym(s) for s in instr.outs) if outs else ())
 
     def _operand(self, a: Any) -> Any:
         if isinstance(a, Sym):
@@ -239,7 +247,7 @@ class _Numbering:
 
 
 def _runner(
-    program: list[_Numbered], tail: list[_Numbered], numbering: _Numbering, inputs: Sequence[Sym], outs: Sequence[Sym],
+    program: list[Numbered], tail: list[Numbered], numbering: Numbering, inputs: Sequence[Sym], outs: Sequence[Sym],
     observed: set[int], needs: frozenset[str], acts: Mapping[str, Activation], members: dict[int, dict[Member, None]],
     skipped: dict[int, str],
 ) -> Callable[..., Any]:  # fmt: skip

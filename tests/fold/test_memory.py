@@ -59,7 +59,10 @@ def peak(script: str, method: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-@pytest.mark.parametrize("method", ["rotate", "smoothquant", "awq-scales"])
+@pytest.mark.parametrize("method", [
+    "rotate", "smoothquant", "awq-scales", "learned_rotation(steps=1,checks=1)",
+    "learned_rotation(objective='layers',steps=1,checks=1)",
+])  # fmt: skip
 def test_a_fold_of_smollm2_stays_in_1_5_gb(method):
     assert peak(FOLD, method) < 1.5
 
