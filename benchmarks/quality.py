@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                                     every row that has not been run yet
     python benchmarks/quality.py rotate+gptq-act-order:int4-g64-f32  these rows (again)
+    python benchmarks/quality.py rtn:int4-g64-f32 --peer-python PY   and the peer's same method right after each
     python benchmarks/quality.py --list                              the rows there are
     python benchmarks/quality.py --tried                             chains that were tried, on text that no solver saw
     python benchmarks/quality.py --render                            only write the table and the plot anew
@@ -19,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from gptq import ROOT, matmul_rate, run, windows
+from gptq import ROOT, matmul_rate, peer, run, windows
 
 RESULTS = ROOT / "benchmarks/results"
 KEPT, KEPT_TRIED = RESULTS / "quality.json", RESULTS / "quality-tried.json"
@@ -122,7 +123,22 @@ def _bytes(jq, qparams) -> dict:
 
 
 def _seconds(r: dict) -> str:
-    return f"({r['seconds']:.0f})" if r.get("busy") else f"{r['seconds']:.0f}"
+    text = _short(r["seconds"])
+    return f"({text})" if r.get("busy") else text
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
+
+
+def _peer(row: str, r: dict) -> str:
+    """The peer's cells: of the same run, or of an earlier one with the seconds in brackets."""
+    if p := r.get("peer"):
+        return f"{p['kl']:.4f} | {p['ppl']:.2f} | {p['top1']:.1%} | {_short(p['seconds'])} | {p['peak_gb']:.1f}"
+    if row not in PEER:
+        return " | | | |"
+    _, ppl, kl, top1, seconds, peak = PEER[row]
+    return f"{kl:.4f} | {ppl:.2f} | {top1:.1%} | [{seconds}] | {peak:.1f}"
 
 
 def table(kept: dict[str, dict]) -> str:
@@ -133,29 +149,29 @@ def table(kept: dict[str, dict]) -> str:
         "|" + "---|" * 15,
     ]
     for row in sorted(kept, key=lambda r: (r.split(":")[1], -kept[r]["kl"])):
-        r, (method, fmt), p = kept[row], row.split(":"), PEER.get(row)
-        peer = f"{p[2]:.4f} | {p[1]:.2f} | {p[3]:.1%} | {p[4]} | {p[5]:.1f}" if p else " | | | |"
+        r, (method, fmt) = kept[row], row.split(":")
         lines.append(
             f"| {fmt} | {method} | {r['bytes'] / 1e6:.1f} | {r['weight_bytes'] / r['weights']:.4f} | {r['kl']:.4f} ± {r['kl_stderr']:.4f} "
-            f"| {r['ppl']:.2f} | {r['top1']:.1%} | {_seconds(r)} | {r['peak_gb']:.2f} | {'' if r.get('busy') else round(r['gflops'])} | {peer} |"
+            f"| {r['ppl']:.2f} | {r['top1']:.1%} | {_seconds(r)} | {r['peak_gb']:.2f} | {'' if r.get('busy') else round(r['gflops'])} | {_peer(row, r)} |"
         )
     some = next(iter(kept.values()))
     return "\n".join([*lines, "", *_goals(kept)]) + (
         f"\n\nFloat32 perplexity {some['float']:.2f}, {some['cores']} cores, jax {some['jax']}, llm-compressor 0.14.0.1. MB are of all "
         "parameters, the float embedding among them; bytes/weight of the quantized ones, with the maps that `rotate` leaves on a "
-        "tied embedding. Peer's seconds are of another run (benchmarks/peers/llm_compressor.py NAME); the machine is shared, and "
-        "the rate of a matmul just before each of our runs says how much of it was left.\n"
+        "tied embedding. Peer's seconds are of a run right after ours (`--peer-python`), in brackets of another day's; the machine is "
+        "shared, and the rate of a matmul just before each of our runs says how much of it was left. Seconds in parentheses: "
+        "beside other work.\n"
     )
 
 
 def _goals(kept: dict[str, dict]) -> list[str]:
     """Markdown: for each family of formats, our best row and the peer's best."""
     lines = ["| format | jquant's best | KL | llm-compressor's best | ratio |", "|" + "---|" * 5]
-    for name, (formats, peer) in FAMILIES.items():
+    for name, (formats, theirs) in FAMILIES.items():
         mine = [(kept[r]["kl"], r) for r in kept if r.split(":")[1] in formats]
         if mine:
             kl, row = min(mine)
-            lines.append(f"| {name} | {row.split(':')[0]} | {kl:.4f} | {peer:.4f} | {kl / peer:.2f} |")
+            lines.append(f"| {name} | {row.split(':')[0]} | {kl:.4f} | {theirs:.4f} | {kl / theirs:.2f} |")
     return lines
 
 
@@ -212,6 +228,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the rows, and stop")
     parser.add_argument("--render", action="store_true", help="run nothing")
     parser.add_argument("--tried", action="store_true", help="run what was tried, on held-out calibration text")
+    parser.add_argument("--peer-python", help="a Python that has llmcompressor 0.14.0.1, torch 2.13.0 and gguf")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -228,6 +245,8 @@ def main() -> None:
         rate = matmul_rate()
         flags = ["--tried"] if args.tried else []
         done = run([sys.executable, __file__, "--one", row, "--batch", str(args.batch), *flags], JAX_PLATFORMS="cpu")
+        if args.peer_python and row in PEER:
+            done["peer"] = peer(args.peer_python, PEER[row][0])
         kept = {**_read(file), row: {**done, "gflops": rate}}
         file.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
         print(table({row: kept[row]}).splitlines()[2], flush=True)

@@ -87,7 +87,7 @@ if name != "float":
     oneshot(model=model, recipe=recipes[name](), dataset=ds, processor=tok, max_seq_length=512, num_calibration_samples=n)
     s = time.time() - t
 rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-out = {"name": name, "seconds": round(s, 1), "peak_gb": round(rss, 2)}
+out = {"name": name, "seconds": round(s, 2), "peak_gb": round(rss, 2)}
 for label, (ids, ref) in refs.items():
     nll = nref = kl = top = 0.0; c = 0
     for x, r in zip(ids, ref):
