@@ -359,4 +359,4 @@ def test_temporaries_are_a_few_copies_of_the_weight_and_the_gram(name):
     m, n = 3072, 1536
     args = jax.ShapeDtypeStruct((1, m, n), jnp.float32), jax.ShapeDtypeStruct((1, n, n), jnp.float32)
     solve = jax.jit(lambda rows, gram: gptq().solve(Rounding(rows), stats_of(gram), fmt)[1:])
-    assert solve.lower(*args).compile().memory_analysis().temp_size_in_bytes < 2 * (4 * m * n + 4 * n * n)
+    assert solve.lower(*args).compile().memory_analysis().temp_size_in_bytes < 3 * (4 * m * n + 4 * n * n)
