@@ -196,7 +196,7 @@ def _axes_alone(target: Target) -> tuple[Axes]:
 def _compiling(
     pool: ThreadPoolExecutor, method: Method, targets: dict[str, Target], params: Any
 ) -> list[Future[Any]]:
-    """The programs that `_solve_whole` will run; others threads compile them, while the first is still traced here."""
+    """The programs that `_solve_whole` will run; other threads compile them while the next is traced here."""
     first = {}
     for path, leaf in flatten_with_paths(params)[0]:
         if path in targets:

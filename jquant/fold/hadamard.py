@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jquant.fold.numbers import ALONE
+
 
 def hadamard(n: int) -> np.ndarray | None:
     """A Hadamard matrix of order n, entries 1 and -1, float64 `[n, n]`; None where these constructions give none.
@@ -101,7 +103,6 @@ def random_rotation(n: int, rng: np.random.Generator, ones: bool = False) -> np.
 
 
 _PART = 2**18  # entries that stay in a cache
-_ALONE = 2**18  # terms of a product for which OpenBLAS starts no thread: that would cost more than it does
 
 
 def turn_rows(rows: np.ndarray, by: Factored, out: np.ndarray) -> None:
@@ -110,7 +111,7 @@ def turn_rows(rows: np.ndarray, by: Factored, out: np.ndarray) -> None:
     Few calls of NumPy for each part, of many small products that leave the other cores, and the interpreter, alone.
     """
     along = _turn_columns if rows.strides[0] < rows.strides[1] else _turn_rows
-    at_once = max(1, _ALONE // len(by.right) ** 2)
+    at_once = max(1, ALONE // len(by.right) ** 2)
     size = max(1, _PART // rows.shape[1] // at_once) * at_once
     whole = len(rows) // at_once * at_once
     for i in range(0, whole, size):

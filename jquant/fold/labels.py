@@ -70,7 +70,7 @@ class Labels:
 def _unique_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The columns of `[a, b]`, none of which is negative, each once, in order; int64 `[2, count]`."""
     width = int(b.max(initial=0)) + 1
-    if (int(a.max(initial=0)) + 1) * width < 2**63:  # as one number: sorting pairs takes several times as long
+    if (int(a.max(initial=0)) + 1) * width < 2**63:  # a pair is one number
         return np.stack(np.divmod(np.unique(a * width + b), width))
     return np.unique(np.stack([a, b]), axis=1)
 

@@ -93,18 +93,19 @@ def _product(params: Any, a: Any, b: Any) -> Any:
     return _matmul(left, right).reshape([*lead, *[a.shape[d] for d in fa], *[b.shape[d] for d in fb]])
 
 
-_ALONE, _SMALL = 2**18, 2**26  # terms of a product: OpenBLAS starts no thread; waiting for one costs more than it does
+ALONE = 2**18  # terms of a product for which OpenBLAS starts no thread
+_SMALL = 2**26  # terms up to which a product is made of such parts
 
 
 def _matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """A product of floats; one of few rows in parts for which OpenBLAS starts no thread, so that others can run."""
     rows, n = a.shape[-2:]
     terms = rows * n * b.shape[-1]
-    if a.ndim > 2 or not _ALONE < terms <= _SMALL or rows * 64 * 8 > _ALONE:
+    if a.ndim > 2 or not ALONE < terms <= _SMALL or rows * 64 * 8 > ALONE:
         return np.matmul(a, b)
-    if rows * n * 8 > _ALONE:
+    if rows * n * 8 > ALONE:
         return _matmul(a[:, : n // 2], b[: n // 2]) + _matmul(a[:, n // 2 :], b[n // 2 :])
-    width = _ALONE // (rows * n)
+    width = ALONE // (rows * n)
     if last := b.shape[1] % width:
         return np.concatenate([_matmul(a, b[:, :-last]), np.matmul(a, b[:, -last:])], axis=1)
     parts = np.matmul(a, b.reshape(n, -1, width).transpose(1, 0, 2))

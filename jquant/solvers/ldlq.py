@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jquant.core.formats import BlockParams, Format, decode_codes, encode_scaled, row_params
-from jquant.solvers.linalg import HIGHEST, unit_lower_inverse
+from jquant.solvers.linalg import HIGHEST, dot, unit_lower_inverse
 
 SUPER = 512  # columns between two passes over all earlier errors: long enough for matmuls to run at full rate
 TILE = 8  # columns whose targets and errors stay in the nearest caches
@@ -288,11 +288,6 @@ def as_scales(params: BlockParams, fmt: Format, m: int, dtype: jnp.dtype) -> Sca
     wide = lambda a: jnp.broadcast_to(a, (m, a.shape[1])).T.astype(dtype)
     scale, zero = wide(both[0]), None if both[1] is None else wide(both[1])
     return Scales(scale, jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale)), zero)
-
-
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b."""
-    return jnp.matmul(a, b, precision=HIGHEST)
 
 
 def _merge(x: jax.Array) -> jax.Array:

@@ -16,7 +16,12 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 HIGHEST = lax.Precision.HIGHEST  # never TF32 or bf16 passes: a solver's float32 is float32 on every device
 MAX_DAMPING = 10.0
-LEAF = 128  # of 256 OpenBLAS makes several threads
+LEAF = 128  # for 256 OpenBLAS takes several threads
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b."""
+    return jnp.matmul(a, b, precision=HIGHEST)
 
 
 def udu(
@@ -54,7 +59,7 @@ def udu(
 
         def update(k, panel):  # R_jk R_ik^T = U_jk D_k U_ik^T
             right = (at(ut, k, j) * lax.dynamic_slice_in_dim(d, k * size, size)[:, None]).T
-            less = lambda i, panel: put(panel, at(panel, 0, i) - _dot(right, at(ut, k, i)), 0, i)
+            less = lambda i, panel: put(panel, at(panel, 0, i) - dot(right, at(ut, k, i)), 0, i)
             return lax.fori_loop(0, j + 1, less, panel)
 
         panel = lax.fori_loop(j + 1, count, update, lax.dynamic_slice_in_dim(ut, j * size, size) / unit)
@@ -62,7 +67,7 @@ def udu(
         lower = cholesky(corner.T[::-1, ::-1])  # R_jj from its last corner
         diagonal = jnp.diagonal(lower)[::-1, None]
         inverse = lower_inverse(lower)[::-1, ::-1] / diagonal
-        panel = lax.fori_loop(0, j, lambda i, panel: put(panel, _dot(inverse, at(panel, 0, i)), 0, i), panel)
+        panel = lax.fori_loop(0, j, lambda i, panel: put(panel, dot(inverse, at(panel, 0, i)), 0, i), panel)
         square = jnp.tril(lower.T[::-1, ::-1] / diagonal, -1) + jnp.eye(size, dtype=h.dtype)
         row = jnp.where(jnp.arange(count * size) < j * size, panel, 0)
         ut = put(lax.dynamic_update_slice(ut, row, (j * size, 0)), square, j, j)
@@ -84,10 +89,10 @@ def cholesky(a: jax.Array) -> jax.Array:
         a, lower = state
         at = j * size
         corner = jnp.tril(lax.linalg.cholesky(lax.dynamic_slice(a, (at, at), (size, size)), symmetrize_input=False))
-        column = _dot(lax.dynamic_slice_in_dim(a, at, size, axis=1), lower_inverse(corner).T)
+        column = dot(lax.dynamic_slice_in_dim(a, at, size, axis=1), lower_inverse(corner).T)
         column = jnp.where(rows[:, None] < at + size, 0, column)
         lower = lax.dynamic_update_slice(lower, column, (0, at))
-        return a - _dot(column, column.T), lax.dynamic_update_slice(lower, corner, (at, at))
+        return a - dot(column, column.T), lax.dynamic_update_slice(lower, corner, (at, at))
 
     return lax.fori_loop(0, count, block_column, (a, jnp.zeros_like(a)))[1][:n, :n]
 
@@ -124,7 +129,7 @@ def lower_inverse(lower: jax.Array) -> jax.Array:
     while size < len(lower):
         below = _blocks(lower, size, -1)[::2]
         top, bottom = inverses[::2], inverses[1::2]
-        corner = -_dot(_dot(bottom, below), top)
+        corner = -dot(dot(bottom, below), top)
         inverses = jnp.block([[top, jnp.zeros_like(top)], [corner, bottom]])
         size *= 2
     return inverses[0, :n, :n]
@@ -187,7 +192,3 @@ def damped_udu(
     first = jnp.asarray(damp, h.dtype)
     start = (h, jnp.full_like(h[0], jnp.nan), first, first)
     return lax.while_loop(lambda state: ~jnp.isfinite(state[1]).all(), attempt, start)[:3]
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=HIGHEST)

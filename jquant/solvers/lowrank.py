@@ -30,7 +30,7 @@ from jquant.core.side import Side
 from jquant.core.stats import Stats, checked_gram
 from jquant.core.text import call
 from jquant.solvers.gptq import unit_hessian
-from jquant.solvers.linalg import HIGHEST, damped_udu
+from jquant.solvers.linalg import damped_udu, dot
 from jquant.solvers.rtn import rtn
 
 DTYPES = ("bfloat16", "float32")
@@ -105,10 +105,10 @@ def best_side(error: jax.Array, gram: jax.Array, *, rank: int, damp: float, dtyp
     damped = h + jnp.where(jnp.all(dead > 0), 1, damp) * jnp.eye(len(h), dtype=h.dtype)
     left = _leading(error, damped, rank).astype(dtype)
     a = left.astype(error.dtype)
-    square, projected = _dot(a.T, a), _dot(a.T, error)
+    square, projected = dot(a.T, a), dot(a.T, error)
     right = jax.scipy.linalg.solve(square, projected, assume_a="pos").astype(dtype)
     judge = jnp.where(jnp.all(dead > 0), damped, h)
-    better = _loss(error - _dot(a, right.astype(error.dtype)), judge) <= _loss(error, judge)
+    better = _loss(error - dot(a, right.astype(error.dtype)), judge) <= _loss(error, judge)
     return jax.tree.map(lambda x: jnp.where(better, x, 0), Side(left, right))
 
 
@@ -116,10 +116,10 @@ def _leading(error: jax.Array, h: jax.Array, rank: int) -> jax.Array:
     """U: orthonormal, the `rank` leading left singular vectors of E H^1/2 (or what spans the same), `[m, r]`."""
     m, n = error.shape
     if m <= n:
-        return _eigenvectors(_dot(_dot(error, h), error.T), rank)
+        return _eigenvectors(dot(dot(error, h), error.T), rank)
     ut, d, _ = damped_udu(h, 0.0)
-    mapped = _dot(error, ut.T * jnp.sqrt(d))
-    return jnp.linalg.qr(_dot(mapped, _eigenvectors(_dot(mapped.T, mapped), rank)))[0]
+    mapped = dot(error, ut.T * jnp.sqrt(d))
+    return jnp.linalg.qr(dot(mapped, _eigenvectors(dot(mapped.T, mapped), rank)))[0]
 
 
 def _eigenvectors(a: jax.Array, rank: int) -> jax.Array:
@@ -129,8 +129,4 @@ def _eigenvectors(a: jax.Array, rank: int) -> jax.Array:
 
 def _loss(e: jax.Array, h: jax.Array) -> jax.Array:
     """tr(E H E^T)."""
-    return jnp.sum(_dot(e, h) * e)
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=HIGHEST)
+    return jnp.sum(dot(e, h) * e)

@@ -37,7 +37,7 @@ from jquant.core.side import Side
 from jquant.core.stats import Stats, checked_gram, without
 from jquant.core.text import call
 from jquant.solvers.gptq import unit_hessian
-from jquant.solvers.linalg import HIGHEST
+from jquant.solvers.linalg import dot
 from jquant.solvers.lowrank import DTYPES
 
 
@@ -80,7 +80,7 @@ def lowrank_inputs(rank: int = 2, *, dtype: str = "bfloat16") -> Method:
         rows = state.rows.astype(wide)
         one = partial(best_factors, rank=r, dtype=dtype)
         right, taken = lax.map(lambda xs: one(*xs), (rows, gram))
-        left = _dot(rows, taken.astype(wide).swapaxes(-1, -2)).astype(dtype)
+        left = dot(rows, taken.astype(wide).swapaxes(-1, -2)).astype(dtype)
         sides = tuple(Side(left[:, a:b], right, taken) for a, b in state.spans)
         return state._replace(sides=sides, inputs=without(stats, right.astype(wide), taken.astype(wide)))
 
@@ -103,9 +103,5 @@ def best_factors(rows: jax.Array, gram: jax.Array, *, rank: int, dtype: str) -> 
 
 def _noise(h: jax.Array, d: jax.Array, right: jax.Array, taken: jax.Array) -> jax.Array:
     """tr(D (I-P)^T H (I-P)): what is left to be rounded, as the weights carry it on."""
-    left = h - _dot(_dot(h, right.T), taken)
-    return jnp.sum(d * jnp.diagonal(left - _dot(taken.T, _dot(right, left))))
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=HIGHEST)
+    left = h - dot(dot(h, right.T), taken)
+    return jnp.sum(d * jnp.diagonal(left - dot(taken.T, dot(right, left))))

@@ -220,6 +220,26 @@ class Numbered(NamedTuple):
     args: tuple[Any, ...]
     outs: tuple[int, ...]
 
+    def values(self, env: Mapping[int, Any], operands: Sequence[Any]) -> list[Any]:
+        """Its arguments."""
+
+        def value(a: Any, original: Any) -> Any:
+            if a[0] == "sym":
+                return env[a[1]]
+            if a[0] == "ref":
+                return Ref(operands[a[1]], None, str(a[1]), *a[2:5])
+            return original
+
+        return [value(a, o) for a, o in zip(self.args, self.instr.args, strict=True)]
+
+
+def run_numbered(
+    program: Iterable[Numbered], env: dict[int, Any], operands: Sequence[Any], reader: Any, frame: interpreter.Frame
+) -> None:
+    """Runs instructions in order; what they give goes into `env`."""
+    for one in program:
+        env.update(zip(one.outs, one.instr.run(one.values(env, operands), reader, frame), strict=True))
+
 
 class Numbering:
     """Names that are equal in parts of equal structure: Syms and operands by the order in which they are met."""
@@ -258,18 +278,9 @@ def _runner(
         frame, execute = interpreter.Frame(), RoundingReader(acts, "cross" in needs)
         observe = ObserveReader({str(i) for i in observed}, needs, acts)
 
-        def value(a: Any, original: Any) -> Any:
-            if a[0] == "sym":
-                return env[a[1]]
-            if a[0] == "ref":
-                return Ref(operands[a[1]], None, str(a[1]), *a[2:5])
-            return original
-
-        for instr, args, out_numbers in program:
-            values = [value(a, o) for a, o in zip(args, instr.args, strict=True)]
-            env.update(zip(out_numbers, instr.run(values, execute, frame), strict=True))
-        for instr, args, _ in tail:
-            instr.run([value(a, o) for a, o in zip(args, instr.args, strict=True)], observe, frame)
+        run_numbered(program, env, operands, execute, frame)
+        for one in tail:
+            one.instr.run(one.values(env, operands), observe, frame)
         members.update({int(p): m for p, m in observe.members.items()})
         skipped.update({int(p): reason for p, reason in observe.skipped.items()})
         arrays = [v.array() if is_ref(v) else v for v in (env[i] for i in results)]

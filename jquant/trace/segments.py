@@ -16,10 +16,9 @@ import numpy as np
 
 from jquant.trace import compat, interpreter
 from jquant.trace.line import Instr, Line, Sym
-from jquant.trace.program import Numbered, Numbering, Operand, closure, producers_of, syms
+from jquant.trace.program import Numbered, Numbering, Operand, closure, producers_of, run_numbered, syms
 from jquant.trace.rearrange import is_ref
 from jquant.trace.uses import find_use
-from jquant.trace.view import Ref
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,18 +144,8 @@ def _runner(
     ins, results = [numbering.numbers[s] for s in inputs], [numbering.numbers[s] for s in outputs]
 
     def run(inputs: Sequence[Any], operands: Sequence[Any], reader: interpreter.Reader) -> list[Any]:
-        env, frame = dict(zip(ins, inputs, strict=True)), interpreter.Frame()
-
-        def value(a: Any, original: Any) -> Any:
-            if a[0] == "sym":
-                return env[a[1]]
-            if a[0] == "ref":
-                return Ref(operands[a[1]], None, str(a[1]), *a[2:5])
-            return original
-
-        for instr, args, outs in program:
-            values = [value(a, o) for a, o in zip(args, instr.args, strict=True)]
-            env.update(zip(outs, instr.run(values, reader, frame), strict=True))
+        env = dict(zip(ins, inputs, strict=True))
+        run_numbered(program, env, operands, reader, interpreter.Frame())
         return [v.array() if is_ref(v) else v for v in (env[i] for i in results)]
 
     return run
