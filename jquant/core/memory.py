@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import math
+import resource
 import sys
 from typing import Any
 
@@ -20,10 +22,28 @@ def _libc() -> Any:
         return None
 
 
-def give_back() -> None:
-    """Returns what glibc's heaps hold free to the system; elsewhere nothing happens."""
-    if (libc := _libc()) is not None:
-        libc.malloc_trim(0)
+def give_back(slack: int = 0) -> None:
+    """Returns what glibc's heaps hold free to the system; elsewhere nothing happens.
+
+    It takes milliseconds, and what is allocated next has to be mapped anew. So with a `slack`, only if so many bytes
+    more are resident than after the last time.
+    """
+    global _kept
+    if (libc := _libc()) is None or (slack and _resident() < _kept + slack):
+        return
+    libc.malloc_trim(0)
+    _kept = _resident()
+
+
+_kept = 0.0  # bytes resident after the last time
+
+
+def _resident() -> float:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:  # not said: then every time
+        return math.inf
 
 
 def in_host_memory(a: Any) -> bool:
