@@ -370,8 +370,8 @@ def observe(
     walk.run(step)
 
 
-# Bytes of activations: what is freed one by one stays in glibc's heaps, in pieces that fit nothing. To give it back for
-# each half of that, whether it lies about or not, cost GPTQ of SmolLM2 a tenth of its time.
+# Bytes of activations: what is freed one by one stays in glibc's heaps, in pieces that fit nothing. Half as many are
+# less memory and more time; benchmarks/gptq.py shows both.
 _SLACK = 2**26
 
 

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import math
-import resource
+import mmap
 import sys
 from typing import Any
 
@@ -25,7 +25,7 @@ def _libc() -> Any:
 def give_back(slack: int = 0) -> None:
     """Returns what glibc's heaps hold free to the system; elsewhere nothing happens.
 
-    It takes milliseconds, and what is allocated next has to be mapped anew. So with a `slack`, only if so many bytes
+    All heaps are searched, and what is allocated next has to be mapped anew. So with a `slack`, only if so many bytes
     more are resident than after the last time.
     """
     global _kept
@@ -41,7 +41,7 @@ _kept = 0.0  # bytes resident after the last time
 def _resident() -> float:
     try:
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+            return int(file.read().split()[1]) * mmap.PAGESIZE
     except OSError:  # not said: then every time
         return math.inf
 
